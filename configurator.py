@@ -1,0 +1,118 @@
+"""
+A script's settings are its flat module-level names. A word without dashes is a Python file that overrides
+them, --key=value overrides one, the later wins. A typo or a wrong type is an error, in a file as well.
+
+python train_opd.py config/some_run.py --steps=100 --lr 1e-4 --compile
+python train_opd.py --help
+"""
+import ast, copy, difflib, pathlib, sys, traceback, types, typing
+
+
+class BadInput(Exception):
+    """Something that the person who runs the script can mend; shown without a traceback."""
+
+
+def collect(module):
+    """(defaults, types) of the settings that `module` has so far; an annotation widens what one accepts."""
+    notes = vars(module).get('__annotations__', {})
+    defaults = {k: v for k, v in vars(module).items()
+                if not (k.startswith('_') or isinstance(v, types.ModuleType) or callable(v))}
+    return defaults, {k: notes.get(k, object if v is None else type(v)) for k, v in defaults.items()}
+
+
+def _kinds(kind):
+    """The plain types in an annotation: int | None -> (int, NoneType), list[str] -> (list,)."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return tuple(typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,)))
+
+
+def _names(kind):
+    return ' or '.join({types.NoneType: 'None', object: 'anything'}.get(k, k.__name__) for k in _kinds(kind))
+
+
+def _cast(key, value, kind, where):
+    kinds = _kinds(kind)
+    if type(value) in kinds or object in kinds:  # the exact type, because isinstance takes True for an int
+        return value
+    for given, wanted in (int, float), (list, tuple), (tuple, list):
+        if type(value) is given and wanted in kinds:
+            return wanted(value)
+    given = 'None, which it does not accept' if value is None else f'{type(value).__name__} {value!r}'
+    raise BadInput(f'{where}: {key} should be {_names(kind)}, not {given}')
+
+
+def _parse(key, text, kind, where):
+    try:
+        value = ast.literal_eval(text)
+    except Exception:  # no Python literal: plain text
+        value = text
+    try:
+        return _cast(key, value, kind, where)
+    except BadInput:
+        if str in _kinds(kind):
+            return text
+        raise
+
+
+def _check_known(key, known, where):
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        mend = f'did you mean {near[0]}?' if near else 'see --help'
+        raise BadInput(f'{where}: unknown setting {key}, {mend}')
+
+
+def _execute(path, values, kinds):
+    """Runs a config file with the current values as its names, and takes over what it leaves behind."""
+    names = dict(values)
+    try:
+        exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), names)
+    except (Exception, SystemExit) as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        line = lines[-1] if lines else getattr(e, 'lineno', '?')  # a syntax error carries its own
+        raise BadInput(f'{path}, line {line}: {type(e).__name__}: {e}') from e
+    for key, value in names.items():
+        if key[0] != '_' and not isinstance(value, types.ModuleType):
+            _check_known(key, values, path)
+            values[key] = _cast(key, value, kinds[key], path)
+
+
+def configure(settings, argv):
+    """What collect returned and the command line's words -> SimpleNamespace of all settings."""
+    defaults, kinds = settings
+    values, words = copy.deepcopy(defaults), list(argv)
+    if '--help' in words:
+        print('\n'.join(f'--{k}={v!r}  ({_names(kinds[k])})' for k, v in defaults.items()))
+        sys.exit(0)
+    while words:
+        word = words.pop(0)
+        if not word.startswith('--'):
+            if not pathlib.Path(word).is_file():
+                bare = word.lstrip('-')
+                mend = f', did you mean --{bare}?' if bare.split('=')[0] in values or '=' in word else ''
+                raise BadInput(f'no such config file: {word!r}{mend}')
+            _execute(word, values, kinds)
+            continue
+        key, equals, text = word[2:].partition('=')
+        _check_known(key, values, word)
+        if not equals:
+            alone = not words or words[0].startswith('--')
+            if kinds[key] is bool and not alone:  # --compile config.py: the next word is not its value
+                alone = words[0] not in ('True', 'False')
+            if alone and bool not in _kinds(kinds[key]):
+                raise BadInput(f'{word} needs a value: {word}=...')
+            text = 'True' if alone else words.pop(0)
+        values[key] = _parse(key, text, kinds[key], word)
+    return types.SimpleNamespace(**values)
+
+
+def run(main):
+    """Calls main with the command line's words; what one can mend is shown as one line, no traceback."""
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        main(sys.argv[1:])
+    except BadInput as e:
+        print(f'{name}: {e}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,378 @@
+"""
+Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, and three LoRA teachers on it.
+
+    python data/shapes/prepare.py                       everything; about an hour and a half on two cores, resumable
+    python data/shapes/prepare.py --evaluate=True       only measures what is there, and draws the contact sheet
+    python data/shapes/prepare.py --quick=True --out=out/quick       two minutes: the pipeline, not the quality
+    python data/shapes/prepare.py --out=out/half --base_stop=1200 --teachers=[]   a half-trained base, for RL
+
+The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers over the
+world's few words, frozen random text encoders, and a trained transformer of 2.3 million parameters. The teachers are
+made by train_teacher.py, as anybody's would be.
+"""
+import csv, json, math, shutil, sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tqdm import tqdm
+from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,
+                          T5Tokenizer)
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+import configurator
+import merge_lora
+import train_opd
+import train_teacher
+import world
+from files import grid, read_data
+from train_opd import Models, Prompts, rng, torch_rng
+
+out = 'data/shapes'                 # where everything is written
+work = 'out/prepare'                # the teachers' training pairs and unfinished runs
+seed = 0
+base_steps = 7000
+base_stop = 0                       # stop the base early, after so many of its steps (0: at the end)
+teachers: list = ['count', 'global_edit', 'local_edit']
+teacher_steps: dict = dict(count=600, global_edit=1400, local_edit=3000)
+pairs = 8000                        # training rows a teacher is made from (drawn into `work`, not kept)
+train_rows = 600                    # rows a bucket of the files that are kept
+val_rows = 256
+seeds = 3                           # sampling seeds of a measurement
+evaluate = False
+quick = False
+threads = 2
+SETTINGS = configurator.collect(sys.modules[__name__])
+
+
+# ---------------------------------------------------------------------------------------------- the base, untrained
+
+def byte_pairs(words):
+    """Byte-pair merges that make every word one token: the training procedure itself, on the world's words."""
+    parts, merges = [list(w[:-1]) + [w[-1] + '</w>'] for w in words], []
+    while counts := Counter(pair for p in parts for pair in zip(p, p[1:])):
+        best = max(sorted(counts), key=counts.get)
+        merges.append(best)
+        for p in parts:
+            for j in range(len(p) - 2, -1, -1):
+                if tuple(p[j:j + 2]) == best:
+                    p[j:j + 2] = [''.join(best)]
+    return merges
+
+
+def tokenizers():
+    merges = byte_pairs(world.WORDS)
+    pieces = sorted({x for w in world.WORDS for x in (*w[:-1], w[-1], w[-1] + '</w>')} | {a + b for a, b in merges})
+    vocab = {p: i for i, p in enumerate(['<|startoftext|>', '<|endoftext|>'] + pieces)}
+    clip = [CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16) for _ in range(2)]
+    words = [('<pad>', 0.0), ('</s>', 0.0), ('<unk>', -9.0)] + [('▁' + w, -1.0) for w in world.WORDS]
+    return *clip, T5Tokenizer(vocab=words, extra_ids=0, model_max_length=16)
+
+
+def text_encoder(tokenizer, mixing):
+    m = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=2,
+        projection_dim=64, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    with torch.no_grad():
+        m.text_model.embeddings.token_embedding.weight.normal_(0, 1)
+        m.text_model.embeddings.position_embedding.weight.normal_(0, 1)
+        for layer in m.text_model.encoder.layers:
+            layer.self_attn.out_proj.weight.mul_(mixing)
+    return m
+
+
+def identity_vae():
+    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(8,), layers_per_block=1,
+                        norm_num_groups=1, down_block_types=('DownEncoderBlock2D',), up_block_types=('UpDecoderBlock2D',),
+                        sample_size=world.SIZE, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False,
+                        use_post_quant_conv=False, mid_block_add_attention=False)
+    big, bias = 1000.0, 24.0
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.zero_()
+        for half in (vae.encoder, vae.decoder):
+            # channels: x, -x, big, -big. Their mean is 0 and their deviation big / 2 whatever x is, so that the group
+            # norm only rescales; SiLU is the identity far to the right of zero.
+            for c in range(3):
+                half.conv_in.weight[c, c, 1, 1] = 1
+                half.conv_in.weight[c + 3, c, 1, 1] = -1
+                half.conv_out.weight[c, c, 1, 1] = 1
+            half.conv_in.bias[6], half.conv_in.bias[7] = big, -big
+            half.conv_norm_out.weight.fill_(big / 2)
+            half.conv_norm_out.bias.fill_(bias)
+            half.conv_out.bias[:3] = -bias
+        vae.encoder.conv_out.bias[3:] = -30                            # log-variance: none to speak of
+    return vae
+
+
+def contrasting_positions(n, dim):
+    """A table like the stock one, (n * n, dim), but with wavelengths that fit a grid of n: neighbours differ."""
+    t = torch.arange(n)[:, None] * math.pi * torch.arange(1, dim // 4 + 1)[None] / (dim // 4)
+    line = torch.cat([t.sin(), t.cos()], 1)                            # (n, dim / 2)
+    return torch.cat([line[:, None].expand(n, n, -1), line[None].expand(n, n, -1)], 2).reshape(1, n * n, dim)
+
+
+def build_base(seed=0):
+    torch.manual_seed(seed)
+    clip1, clip2, t5 = tokenizers()
+    t5_model = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=128, d_kv=32, d_ff=128, num_layers=1, num_heads=4,
+                                       pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False))
+    with torch.no_grad():
+        t5_model.encoder.block[0].layer[0].SelfAttention.o.weight.mul_(0.1)
+    patch = 4
+    side = 2 * world.SIZE // patch                                     # twice the picture: room for a diptych
+    net = SD3Transformer2DModel(sample_size=world.SIZE, patch_size=patch, in_channels=3, out_channels=3, num_layers=4,
+                                attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128,
+                                joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=side,
+                                qk_norm='rms_norm')
+    net.pos_embed.pos_embed.copy_(contrasting_positions(side, 128))
+    return StableDiffusion3Pipeline(
+        transformer=net, vae=identity_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=clip1, tokenizer_2=clip2, tokenizer_3=t5, text_encoder=text_encoder(clip1, 0.1),
+        text_encoder_2=text_encoder(clip2, 0.3), text_encoder_3=t5_model)
+
+
+# ---------------------------------------------------------------------------------------------- rows and pictures
+
+def write_bucket(folder, name, bucket, n, hold, seed, pictures=False, only=None, pairs=world.SEEN):
+    """A CSV of n rows; edits have their pictures, words alone only if asked. `only` picks scenes."""
+    folder, r, rows, before = Path(folder), rng(seed, name), [], {}
+    (folder / 'pictures').mkdir(parents=True, exist_ok=True)
+    while len(rows) < n:
+        prompt, scene, picture = world.make_row(bucket, r, hold, pairs)
+        if only and not only(scene or world.read(picture[None])[0]):
+            continue
+        row = dict(prompt=prompt, task=bucket, source_image='', target_image='')
+        if scene:
+            if scene not in before:                                    # rows that begin alike share a picture
+                before[scene] = f'pictures/{name}_{len(before):04d}.png'
+                world.to_pil(world.draw(scene)).save(folder / before[scene])
+            row['source_image'] = before[scene]
+        if scene or pictures:
+            row['target_image'] = f'pictures/{name}_{len(rows):04d}_right.png'
+            world.to_pil(picture).save(folder / row['target_image'])
+        rows.append(row)
+    with open(folder / f'{name}.csv', 'w', newline='') as f:
+        w = csv.DictWriter(f, ['prompt', 'task', 'source_image', 'target_image'])
+        w.writeheader(), w.writerows(rows)
+
+
+def has_held_pair(scene):
+    return any(cell in world.HELD_OUT for cell in scene[1])
+
+
+def write_data(c):
+    """The files that are kept, for distillation and tests, and in c.work the pairs that teachers learn from."""
+    for bucket in world.BUCKETS:
+        write_bucket(c.out, bucket, bucket, c.train_rows, False, c.seed)
+        write_bucket(c.out, f'{bucket}_val', bucket, c.val_rows, True, c.seed)
+    write_bucket(c.out, 't2i_pairs', 't2i', c.val_rows, True, c.seed, only=has_held_pair, pairs=world.PAIRS)
+    for bucket in ('local_edit', 'global_edit'):                       # never seen: edits of the held-out pairs
+        write_bucket(c.work, f'{bucket}_pairs', bucket, c.val_rows, True, c.seed, only=has_held_pair, pairs=world.PAIRS)
+    for name in c.teachers:
+        write_bucket(c.work, f'{name}_teacher', name, c.pairs if 'edit' in name else c.pairs // 20, False, c.seed, True)
+
+
+# ---------------------------------------------------------------------------------------------- the base, trained
+
+def near_row(r):
+    """(prompt, source picture, picture): the source differs from the captioned picture in one attribute."""
+    while world.is_held(scene := world.random_scene(r)):
+        pass
+    background, cells = scene[0], list(scene[1])
+    i, j = r.choice([k for k, c in enumerate(cells) if c]), r.randrange(4)
+    what, (shape, colour) = r.randrange(4), cells[i]
+    if what == 0:
+        cells[i] = shape, r.choice([k for k in world.COLOURS if k != colour])
+    elif what == 1:
+        cells[i] = r.choice([k for k in world.SHAPES if k != shape]), colour
+    elif what == 2:
+        background = r.choice([b for b in world.BACKGROUNDS if b != background])
+    else:
+        cells[i], cells[j] = cells[j], cells[i]
+    return world.caption(scene, r), world.draw((background, tuple(cells))), world.draw(scene)
+
+
+def base_batch(step, c):
+    """22 pictures with words alone, 10 diptychs (4 of them copy their source): rows of (prompt, source, picture)."""
+    r = rng(c.seed, 'base', step)
+    words = [world.make_row('t2i' if i < 8 else 'open', r) for i in range(22)]
+    near = [near_row(r) for _ in range(10)]
+    return words, [(p, x if i < 4 else source, x) for i, (p, source, x) in enumerate(near)]
+
+
+def train_base(c, folder):
+    """Flow matching from nothing, with an average of the weights; unfinished work is kept in c.work."""
+    state, last = Path(c.work) / 'base.pt', c.base_stop or c.base_steps
+    Path(c.work).mkdir(parents=True, exist_ok=True)
+    field = train_opd.SD3(build_base(c.seed))
+    net = field.net.requires_grad_(True)
+    params = dict(net.named_parameters())
+    optimizer = torch.optim.AdamW(params.values(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    ema, first, words = {k: p.detach().clone() for k, p in params.items()}, 0, {}
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        if saved['of'] == (c.seed, c.base_steps) and saved['step'] <= last:
+            net.load_state_dict(saved['net']), optimizer.load_state_dict(saved['optimizer'])
+            ema, first = saved['ema'], saved['step']
+            print(f'base: continues at step {first}')
+    bar, running = tqdm(range(first, last), initial=first, total=last, desc='base'), None
+    for step in bar:
+        lr = 2e-3 * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / c.base_steps)))
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        g, total = torch_rng(c.seed, 'base noise', step), 0.0
+        for rows in base_batch(step, c):
+            new = [p for p in dict.fromkeys(r[0] for r in rows) if p not in words]
+            with torch.no_grad():
+                words.update(zip(new, field.encode(new) if new else []))
+            # pixels are latents here, so that the VAE need not be asked
+            cond = [{**words[p], **({} if s is None or len(rows) > 10 else {'source': s * 2 - 1})} for p, s, _ in rows]
+            x0 = torch.stack([x for _, _, x in rows]) * 2 - 1
+            eps = torch.randn(x0.shape, generator=g)
+            sigma = torch.sigmoid(torch.randn(len(x0), generator=g) + math.log(3))
+            s = train_opd.col(sigma)
+            v = field.velocity((1 - s) * x0 + s * eps, sigma, cond)
+            loss = train_opd.velocity_error(v, eps - x0).sum() / 32
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - min(0.998, (step + 1) / (step + 10)))
+        if len(words) > 20000:
+            words.clear()
+        running = total if running is None else 0.98 * running + 0.02 * total
+        bar.set_postfix(loss=f'{running:.4f}', refresh=False)
+        if (step + 1) % 500 == 0 or step + 1 == last:
+            torch.save(dict(of=(c.seed, c.base_steps), step=step + 1, net=net.state_dict(), ema=ema,
+                            optimizer=optimizer.state_dict()), f'{state}.new')
+            Path(f'{state}.new').replace(state)
+    net.load_state_dict(ema, strict=False)
+    field.pipe.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------- the teachers
+
+def make_teachers(c):
+    """By train_teacher.py itself; a run that was interrupted is resumed."""
+    for name in c.teachers:
+        folder, run = Path(c.out) / 'teachers' / name, Path(c.work) / f'run_{name}'
+        if (folder / 'adapter_config.json').exists():
+            print(f'{folder} is there already')
+            continue
+        train_teacher.main([
+            '--method=sft', f'--model={c.out}/base', f"--data=['{c.work}/{name}_teacher.csv']",
+            f"--eval_data=['{c.out}/{name}_val.csv']", f'--out_dir={run}', f'--max_steps={c.teacher_steps[name]}',
+            f"--init_from={'resume' if (run / 'latest').exists() else 'base'}", '--rank=16', '--alpha=32',
+            '--lora_targets=' + repr(['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj',
+                                      'attn.add_k_proj', 'attn.add_v_proj', 'attn.to_add_out', 'ff.net.0.proj', 'ff.net.2',
+                                      'ff_context.net.0.proj', 'ff_context.net.2', 'norm1.linear', 'norm1_context.linear']),
+            '--lr=2e-3', '--batch_size=32', '--micro_batch=32', '--ema_decay=0.99', f'--seed={c.seed}', '--warmup=50',
+            f"--score={Path(__file__).parent / 'world.py'}:score", '--eval_every=500', '--save_every=500', '--log_every=100'])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for f in merge_lora.find(run).parent.iterdir():
+            if f.is_file():
+                shutil.copy(f, folder)
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+def pictures(models, prompts, who, rows, seed, steps=16):
+    """Pictures of rows by the base or a teacher: Euler steps, no guidance."""
+    out = []
+    sigmas = models.field.sigmas(steps, world.SIZE, world.SIZE)
+    for at in range(0, len(rows), 128):
+        some = rows[at:at + 128]
+        prompts.add([(r['prompt'], bool(r['source_image'])) for r in some])
+        cond, _ = prompts.conditions(some, world.SIZE, world.SIZE)
+        z = torch.stack([torch.randn(3, world.SIZE, world.SIZE, generator=torch_rng('measure', seed, at + i))
+                         for i in range(len(some))])
+        with torch.no_grad():
+            z = train_opd.sample(lambda z, s, alive: models.velocity(who, z, s, [cond[j] for j in alive]), z, sigmas)
+            out.append(models.field.decode(z))
+    return torch.cat(out)
+
+
+def variety(models, prompts, n=96):
+    """Entropy of what a prompt leaves open, over that of a uniform choice: mean over prompts and open things."""
+    def ratio(values, of):
+        p = [k / len(values) for k in Counter(values).values()]
+        return -sum(x * math.log(x) for x in p) / math.log(of)
+    found = []
+    for prompt in ('a circle on white', 'a red shape on gray', 'a square on black', 'a triangle', 'a shape top left on white',
+                   'two shapes on gray'):
+        rows = [dict(prompt=prompt, source_image='')] * n
+        scenes = [s for s in world.read(pictures(models, prompts, 'base', rows, 'variety')) if s]
+        things = [(i, *cell) for s in scenes for i, cell in enumerate(s[1]) if cell]
+        _, background, (wanted, *_) = world.understand(prompt)
+        found += [ratio([t[1 + k] for t in things], of) for k, of in ((0, 3), (1, 6)) if wanted[k] is None]
+        found += [ratio([t[0] for t in things], 4)] if wanted[2] is None else []
+        found += [] if background else [ratio([s[0] for s in scenes], 3)]
+    return sum(found) / len(found), min(found)
+
+
+def measure(c):
+    """The tables, and the contact sheet: what the base and each teacher can do, on scenes that nobody trained on."""
+    field = train_opd.open_field(f'{c.out}/base')
+    names = [n for n in c.teachers if (Path(c.out) / 'teachers' / n).exists()]
+    models, prompts = Models(field, [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names]), Prompts(field)
+    buckets = {b: f'{c.out}/{b}_val.csv' for b in world.BUCKETS} | {'t2i_pairs': f'{c.out}/t2i_pairs.csv'}
+    buckets |= {f'{b}_pairs': f'{c.work}/{b}_pairs.csv' for b in ('local_edit', 'global_edit') if b in names}
+    rows, table = {}, {}
+    for name, path in buckets.items():
+        found, errors = read_data([path])
+        train_opd.need(not errors, '; '.join(errors))
+        rows[name] = [r for b in found.values() for r in (b[i] for i in range(len(b)))]
+    print(f'\nright, in % of {c.val_rows} held-out rows, mean (spread) of {c.seeds} sampling seeds; 16 Euler steps, no guidance')
+    print(f'{"":12s}' + ''.join(f'{b:>17s}' for b in rows))
+    for who in ['base', *names]:
+        line = {}
+        for b, some in rows.items():
+            got = [world.score(pictures(models, prompts, who, some, seed), some) for seed in range(c.seeds)]
+            right = [100 * sum(g['right'] for g in one) / len(one) for one in got]
+            kept = [g['kept'] for one in got for g in one if 'kept' in g]
+            line[b] = dict(right=sum(right) / len(right), spread=max(right) - min(right), kept=sum(kept) / len(kept) if kept else None)
+        table[who] = line
+        print(f'{who:12s}' + ''.join(f'{v["right"]:10.1f} ({v["spread"]:4.1f})' for v in line.values()), flush=True)
+    for who in names:
+        if 'edit' in who:
+            print(f'{who}: mean error of what had to stay {table[who][who]["kept"]:.4f}')
+    mean, least = variety(models, prompts)
+    table['variety'] = dict(mean=mean, least=least)
+    print(f'open: entropy of what is left open, over that of a uniform choice: {mean:.2f}, the least varied {least:.2f}')
+    (Path(c.out) / 'quality.json').write_text(json.dumps(table, indent=1))
+    lines, captions = [], []
+    for b in world.BUCKETS:
+        who = b if b in names else 'base'
+        some = rows[b][:4]
+        base, best = (pictures(models, prompts, w, some, 'sheet') for w in ('base', who))
+        for i, r in enumerate(some):
+            lines.append([world.load(r['source_image']) if r['source_image'] else None, base[i], best[i],
+                          world.load(r['target_image']) if r['target_image'] else None])
+            captions.append(f'{b}: {r["prompt"]}')
+    half = (len(lines) + 1) // 2                                       # two columns of rows
+    lines = [a + [None] + b for a, b in zip(lines[:half], lines[half:])]
+    grid(lines, Path(c.out) / 'contact_sheet.png', [f'{a}   |   {b}' for a, b in zip(captions[:half], captions[half:])],
+         ['source', 'base', 'teacher', 'right'] + [''] + ['source', 'base', 'teacher', 'right'], scale=4)
+
+
+def main(argv):
+    c = configurator.configure(SETTINGS, argv)
+    if c.quick:
+        c.base_steps, c.pairs, c.train_rows, c.val_rows, c.seeds = 120, 80, 24, 16, 1
+        c.teacher_steps, c.work = dict.fromkeys(c.teacher_steps, 20), f'{c.out}/work'
+    torch.set_num_threads(c.threads)
+    if not c.evaluate:
+        write_data(c)
+        if not (Path(c.out) / 'base' / 'model_index.json').exists():
+            train_base(c, f'{c.out}/base')
+        make_teachers(c)
+    measure(c)
+
+
+if __name__ == '__main__':
+    configurator.run(main)

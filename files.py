@@ -1,0 +1,241 @@
+"""
+Files other than adapters: rows of data in, pictures and checkpoints out. No models here, nothing is random.
+
+Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (paths relative to the file), or a text file
+with a prompt a line. A run folder holds log.jsonl, samples/, and checkpoints step_*/ with a link `latest`.
+"""
+import array, csv, hashlib, importlib.util, itertools, json, math, os, shutil
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from configurator import BadInput
+
+
+class Bucket:
+    """Rows of one task. Only their places in the files are held in memory; a row is read when it is needed."""
+
+    def __init__(self, name):
+        self.name, self.files, self.columns, self.place = name, [], [], array.array('Q')
+
+    def add(self, path, columns, offset):
+        if not self.files or self.files[-1] != path:
+            self.files.append(path), self.columns.append(columns)
+        self.place.append((len(self.files) - 1) << 48 | offset)
+
+    def __len__(self):
+        return len(self.place)
+
+    def __getitem__(self, i):
+        path, columns = self.files[self.place[i] >> 48], self.columns[self.place[i] >> 48]
+        with open(path, 'rb') as f:
+            f.seek(self.place[i] & (1 << 48) - 1)
+            return parse_row(path, columns, (line.decode('utf-8') for line in f))
+
+
+def parse_row(path, columns, lines):
+    """The next row as a dict with prompt, task, source_image, target_image; pictures as full paths, '' for none."""
+    if path.endswith('.jsonl'):
+        row = json.loads(next(lines))
+    elif columns:
+        row = next(csv.DictReader(lines, columns, strict=True))
+    else:
+        row = {'prompt': next(lines).strip()}
+    row = {k: v for k, v in row.items() if k is not None and v is not None}
+    for k in ('source_image', 'target_image'):
+        row[k] = str(Path(path).parent / row[k]) if row.get(k) else ''
+    return row
+
+
+def read_data(paths):
+    """Files -> {name: Bucket}. A row goes to the bucket that its `task` names, else to its file's. One pass."""
+    buckets, errors = {}, []
+    for path in map(str, paths):
+        if not os.path.isfile(path):
+            errors.append(f'{path}: no such data file')
+            continue
+        at, start, columns = 0, 0, []
+
+        def lines(f):
+            nonlocal at
+            for line in f:
+                at += len(line)
+                yield line.decode('utf-8-sig' if at == len(line) else 'utf-8')
+        with open(path, 'rb') as f:
+            feed = lines(f)
+            if path.endswith('.csv'):
+                columns = next(csv.reader(feed), [])
+                if 'prompt' not in columns:
+                    errors.append(f'{path}: no column "prompt"; it has: {", ".join(columns) or "nothing"}')
+                    continue
+            while True:
+                start = at
+                try:
+                    row = parse_row(path, columns, feed)
+                except (StopIteration, RuntimeError):
+                    break
+                except (ValueError, csv.Error) as e:
+                    errors.append(f'{path}: cannot be read near byte {start} ({e})')
+                    break
+                if row.get('prompt'):
+                    name = row.get('task') or Path(path).stem.removesuffix('_val')
+                    buckets.setdefault(name, Bucket(name)).add(path, columns, start)
+                elif row.get('source_image'):
+                    errors.append(f'{path}: a row without a prompt near byte {start}')
+    return buckets, errors
+
+
+def check_rows(bucket, need_target=False):
+    """Every picture that a bucket names exists and opens, and pairs have one shape. A list of complaints."""
+    errors = []
+    for row in (bucket[i] for i in range(len(bucket))):
+        sizes = {}
+        for k in ('source_image', 'target_image'):
+            try:
+                if row[k]:
+                    with Image.open(row[k]) as im:
+                        sizes[k] = im.size
+            except (OSError, ValueError) as e:
+                errors.append(f'{bucket.name}: {k} {row[k]} ' + ('does not exist' if not os.path.exists(row[k])
+                                                                 else f'does not open ({e})'))
+        if len(sizes) == 2:
+            (a, b), (c, d) = sizes.values()
+            if abs(math.log(a * d / (b * c))) > 0.05:
+                errors.append(f'{bucket.name}: source {a} x {b} and target {c} x {d} differ in shape: '
+                              f'{row["source_image"]}')
+        if need_target and not row['target_image']:
+            errors.append(f'{bucket.name}: "{row["prompt"][:60]}" has no target_image')
+    return errors
+
+
+def load_image(path, height, width):
+    """A picture as (3, height, width) in [-1, 1], cropped to shape from its middle and resized."""
+    try:
+        with Image.open(path) as im:
+            im = im.convert('RGB')
+    except (OSError, ValueError) as e:
+        raise BadInput(f'picture {path} does not open: {e}')
+    w, h = im.size
+    if (w, h) != (width, height):
+        s = min(w / width, h / height)
+        box = ((w - s * width) / 2, (h - s * height) / 2, (w + s * width) / 2, (h + s * height) / 2)
+        im = im.resize((width, height), Image.LANCZOS, box=box)
+    return torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1) / 127.5 - 1
+
+
+def grid(rows, path, captions=None, heads=None, scale=None):
+    """Rows of pictures (tensors in [0, 1] or None) as one PNG; a caption under each row, a head over each column."""
+    h, w = next(x for r in rows for x in r if x is not None).shape[-2:]
+    k = scale or max(1, 120 // h)
+    H, W, top, foot = h * k, w * k, 16 if heads else 0, 16 if captions else 0
+    wide = max(len(r) for r in rows) * (W + 4) + 4
+    out = Image.new('RGB', (wide, top + len(rows) * (H + foot + 6) + 4), (245, 245, 245))
+    pen = ImageDraw.Draw(out)
+    for j, head in enumerate(heads or ()):
+        pen.text((6 + j * (W + 4), 3), head, fill=(0, 0, 0))
+    for i, r in enumerate(rows):
+        y = top + i * (H + foot + 6) + 4
+        for j, x in enumerate(r):
+            if x is not None:
+                a = (x.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                out.paste(Image.fromarray(a).resize((W, H), Image.NEAREST), (4 + j * (W + 4), y))
+        if captions:
+            text = captions[i]
+            while len(text) > 8 and pen.textlength(text) > wide - 12:
+                text = text[:-2]
+            pen.text((6, y + H + 2), text + ('' if text == captions[i] else '…'), fill=(60, 60, 60))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    out.save(path)
+
+
+def curve(log, path, keys, size=(640, 320)):
+    """A line a key over the steps, on a log scale, as a PNG."""
+    series = {k: [(r['step'], r[k]) for r in log if isinstance(r.get(k), float) and 0 < r[k] < math.inf] for k in keys}
+    series = {k: v for k, v in series.items() if len(v) > 1}
+    if not series:
+        return
+    xs, ys = zip(*itertools.chain(*series.values()))
+    lo, hi, (w, h) = math.log(min(ys)), math.log(max(ys)) + 1e-9, size
+    out = Image.new('RGB', size, (255, 255, 255))
+    pen = ImageDraw.Draw(out)
+    for n, (k, line) in enumerate(series.items()):
+        colour = ['#c03030', '#3050c0', '#30a050', '#a040a0', '#c08020', '#209090', '#606060'][n % 7]
+        pen.line([(50 + (w - 60) * (x - min(xs)) / max(1, max(xs) - min(xs)),
+                   h - 20 - (h - 40) * (math.log(y) - lo) / (hi - lo)) for x, y in line], fill=colour, width=2)
+        pen.text((w - 150, 6 + 13 * n), k, fill=colour)
+    pen.text((4, 14), f'{max(ys):.3g}', fill='black'), pen.text((4, h - 30), f'{min(ys):.3g}', fill='black')
+    pen.text((50, h - 16), f'step {min(xs)}', fill='black'), pen.text((w - 80, h - 16), f'{max(xs)}', fill='black')
+    out.save(path)
+
+
+def sha256(path):
+    """Of a file, or of all the weight files of a folder; '' where there is nothing of that name here."""
+    path, h = Path(path), hashlib.sha256()
+    for f in [path] if path.is_file() else sorted(path.rglob('*.safetensors')):
+        with open(f, 'rb') as g:
+            while part := g.read(1 << 22):
+                h.update(part)
+    return h.hexdigest() if path.exists() else ''
+
+
+def newest(out):
+    """The newest whole checkpoint of a run folder, or None. A checkpoint is renamed into place when it is whole."""
+    found = sorted(p for p in Path(out).glob('step_*') if (p / 'meta.json').exists())
+    return found[-1] if found else None
+
+
+def save_checkpoint(out, step, write, meta, keep):
+    """write(folder) fills it; it is on the disk before it has its name, and `latest` points to a whole one always."""
+    out, name = Path(out), f'step_{step:06d}'
+    for old in out.glob('.writing*'):                                  # what a killed process left
+        shutil.rmtree(old, ignore_errors=True)
+    if not (out / name).exists():
+        tmp = out / f'.writing_{name}'
+        tmp.mkdir(parents=True)
+        write(tmp)
+        (tmp / 'meta.json').write_text(json.dumps({**meta, 'step': step}, indent=1))
+        for f in [*tmp.rglob('*'), tmp]:
+            fd = os.open(f, os.O_RDONLY)
+            os.fsync(fd), os.close(fd)
+        os.rename(tmp, out / name)
+    link = out / '.writing_latest'
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, out / 'latest')
+    for old in sorted(out.glob('step_*'))[:-keep]:
+        shutil.rmtree(old)
+
+
+def claim(out, resume, meta):
+    """A run folder for a new run, or the checkpoint that is resumed. Refuses to write over another run."""
+    last = newest(out)
+    if not resume:
+        if last:
+            raise BadInput(f'{out} holds another run (at {last.name}); continue it with --init_from=resume, or choose '
+                           f'another --out_dir')
+        return None
+    if not last:
+        raise BadInput(f'{out} has no whole checkpoint to resume from; start the run without init_from=resume')
+    old = json.loads((last / 'meta.json').read_text())
+    for name, t in meta['teachers'].items():
+        before = old['teachers'].get(name)
+        if before is None or before['sha256'] != t['sha256']:
+            raise BadInput(f'the run in {out} had another teacher "{name}" ({(before or {}).get("path")}, now '
+                           f'{t["path"]}); give the same one, or start a new run in another --out_dir')
+    for k, v in meta['settings'].items():
+        if k != 'init_from' and old['settings'].get(k) != v:
+            print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
+    return last
+
+
+def load_function(spec):
+    """'path/file.py:function' -> the function."""
+    path, _, name = spec.rpartition(':')
+    if not os.path.isfile(path):
+        raise BadInput(f'{spec}: no such file {path!r}; it should read path/file.py:function')
+    module = importlib.util.module_from_spec(s := importlib.util.spec_from_file_location(Path(path).stem, path))
+    s.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise BadInput(f'{spec}: {path} has no function {name!r}')
+    return getattr(module, name)

@@ -1,0 +1,1387 @@
+"""
+On-policy distillation (OPD) of flow-matching image generators, in one file.
+
+A student samples with its own current weights. At states z_sigma that it visited itself, a frozen teacher chosen for
+that sample (a skill, an edit, a style, guidance itself) says which velocity it would have had; the student learns it.
+Several specialists become one model. Student and LoRA teachers are adapters on one frozen base.
+
+    python train_opd.py                                        the demonstration: shapes world, CPU, about ten minutes
+    python train_opd.py config/sd35_edit.py --lr=1e-4          one GPU; a config file, then single settings
+    torchrun --nproc_per_node=8 train_opd.py config/sd35_edit.py
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train_opd.py config/sd35_edit.py
+    python train_opd.py config/sd35_edit.py --dry_run          checks settings and data, loads nothing
+    python train_opd.py config/sd35_edit.py --init_from=resume continues where the run folder's latest checkpoint is
+
+Left out on purpose: full fine-tuning (a LoRA student shares its base with every teacher), FSDP (the base is frozen:
+each GPU holds one copy), step distillation and adversarial losses (another subject), RL from rewards (train_teacher.py).
+One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
+"""
+import contextlib, copy, glob, itertools, json, math, os, random, resource, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import configurator
+import merge_lora
+from configurator import BadInput, collect, configure
+from files import (check_rows, claim, curve, grid, load_function, load_image, newest, read_data, save_checkpoint, sha256)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: these are the demonstration's. A config file or --key=value overrides them; only main() reads them.
+# model
+model = 'data/shapes/base'          # diffusers folder or hub id
+family = ''                         # '' reads it from model_index.json; else one of FAMILIES below
+dtype = 'auto'                      # of the frozen base: auto = bfloat16 on a GPU, float32 on a CPU
+device = ''                         # '' takes a GPU if there is one
+resolution: int | list = 24         # pixels: one number, or [height, width]
+max_sequence_length = 256           # text tokens, at most what the tokenizer allows
+distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5); other families have none
+# teachers: lora and checkpoint both None is the frozen base. `weight` counts in mixing = 'soft'
+teachers = [
+    dict(name='base'),
+    dict(name='count', lora='data/shapes/teachers/count'),
+    dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
+    dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
+teacher_offload = False             # keep full-checkpoint teachers on the CPU between uses
+# routes: which teacher answers for which bucket of the data; `samples` where routes share a step in unequal parts
+routes = [
+    dict(teacher='base', data='t2i', samples=4),
+    dict(teacher='count', data='count', samples=4),
+    dict(teacher='local_edit', data='local_edit', samples=16),
+    dict(teacher='global_edit', data='global_edit', samples=10)]
+routes_per_step: int | str = 'all'  # 1: one route a step (DanceOPD); 'all': each in every step (DiffusionOPD); 'sample'
+cycle: list = []                    # with 1: a fixed order of buckets, as ['ocr', 'geneval', 'geneval', 'geneval']
+mixing = 'hard'                     # 'soft': every sample's target is the weighted mean of all teachers (ablation)
+data: list = ['data/shapes/t2i.csv', 'data/shapes/count.csv', 'data/shapes/local_edit.csv',
+              'data/shapes/global_edit.csv']  # CSV, JSONL or TXT; rows go to the bucket `task`, else the file's name
+eval_data: list = ['data/shapes/t2i_val.csv', 'data/shapes/count_val.csv', 'data/shapes/local_edit_val.csv',
+                   'data/shapes/global_edit_val.csv']  # held out, same buckets; [] evaluates on the training rows
+cache_gb = 4.0                      # prompts' embeddings kept in memory; more than fit are encoded chunk by chunk
+encode_every = 50                   # steps whose prompts are encoded in one visit of the text encoders
+# student
+init_from = 'merge'                 # 'base', 'merge' (mean of the teachers' deltas), 'resume', or an adapter
+rank = 32                           # of the LoRA (DanceOPD 128, DiffusionOPD 32)
+alpha = 32.0                        # its scale is alpha / rank (DanceOPD 128, DiffusionOPD 64)
+lora_targets: list | None = None    # module names or endings; None: the initial adapters' modules, else the family's
+# rollout
+steps = 8                           # Euler steps of the student's rollout (DanceOPD 16, DiffusionOPD 10)
+eta = 0.0                           # 0: ODE; noise of the SDE (Flow-OPD: flow, 0.7)
+sde = 'flow'                        # 'flow', 'dance', 'cps'
+rollout_guidance = 1.0              # classifier-free guidance while rolling out; 1.0 is none, in every family
+student_guidance = 1.0              # and in the loss; each teacher has its own
+states = 'student'                  # off-policy ablations: 'data' (noised target images), 'teacher' (its rollouts)
+# method
+method = 'danceopd'                 # 'danceopd', 'diffusionopd', 'flowopd'
+queries = 1                         # K states of a rollout that are learned from (danceopd)
+query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), 'uniform', 'stratified'
+query_space = 'index'               # or 'sigma': the same biases, on the noise level instead of the step's number
+kl_var = 'true'                     # 'code' leaves out the step's length, as all released code does
+drop_last = False                   # leave out the last step, as DiffusionOPD's release does
+reward = 'k1'                       # Flow-OPD's estimator: 'k1', 'code' (as released), 'paper' (a no-op, for study)
+group_size = 1                      # samples of one prompt (Flow-OPD 16)
+updates = 1                         # optimizer steps a rollout (Flow-OPD 2)
+clip_range = 1e-4                   # PPO ratio
+adv_clip = 5.0                      # advantages
+anchor = ''                         # 'base' or a teacher's name: the student is also held near it (Flow-OPD's MAR)
+anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
+# optimiser
+max_steps = 400
+batch_size = 34                     # samples an optimizer step, all routes and processes together
+micro_batch = 20                    # samples a forward; the rest is gradient accumulation
+lr = 2e-3                           # DanceOPD 2e-4, DiffusionOPD 3e-4
+lr_schedule = 'cosine'              # or 'constant'
+warmup = 20                         # steps
+weight_decay = 0.0                  # DiffusionOPD 1e-4
+betas: list = [0.9, 0.99]
+grad_clip = 1.0
+ema_decay = 0.98                    # 0 for none (DiffusionOPD 0.9)
+ema_every = 1                       # steps (DiffusionOPD 8)
+max_bad_steps = 5                   # steps in a row without a finite gradient before the run stops
+grad_checkpointing = False
+compile = False                     # torch.compile, block by block
+tf32 = True
+seed = 0
+# output
+out_dir = 'out/shapes'
+eval_every = 100                    # steps between evaluations (gap by route, and the picture)
+eval_samples = 32                   # samples a route in them
+show = 4                            # of which so many are drawn in the picture
+sample_steps = 16                   # Euler steps of those pictures and of the score
+score = 'data/shapes/world.py:score'  # file.py:function(images, rows) -> one number or dict a picture; '' for none
+score_samples = 256                 # pictures a route that the score is asked about, at the end
+save_every = 100
+ckpt_keep = 2
+log_every = 10
+wandb_log = False
+wandb_project = 'train_opd'
+dry_run = False                     # check everything that can be checked without weights, print the table, stop
+SETTINGS = collect(sys.modules[__name__])
+DISTILLATION = ['teachers', 'teacher_offload', 'routes', 'routes_per_step', 'cycle', 'mixing', 'rollout_guidance', 'states',
+                'student_guidance', 'queries', 'query', 'query_space', 'kl_var', 'anchor', 'anchor_beta', 'score_samples']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flow: one step of a sampler as a Gaussian, and the weight that each method gives to a velocity error
+
+def transition(z, v, sigma, sigma_next, eta=0.0, kind='flow'):
+    """From sigma to sigma_next < sigma: (mean, std). eta = 0 is the ODE, std 0. Shapes broadcast: (B,1,1,1) or ()."""
+    d = sigma_next - sigma
+    if eta == 0:
+        return z + d * v, torch.zeros_like(d)
+    x0, eps = z - sigma * v, z + (1 - sigma) * v
+    if kind == 'cps':                                                  # Flow-CPS keeps the signal's scale
+        std = sigma_next * math.sin(eta * math.pi / 2)
+        return (1 - sigma_next) * x0 + (sigma_next ** 2 - std ** 2).clamp_min(0).sqrt() * eps, std
+    if kind == 'flow':                                                 # g = eta sqrt(sigma / (1 - sigma))
+        g = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_next, sigma))).sqrt()
+    else:                                                              # 'dance': g = eta
+        g = eta * torch.ones_like(sigma)
+    return z + d * (v + g ** 2 / (2 * sigma) * eps), g * (-d).sqrt()
+
+
+def log_prob(x, mean, std):
+    """Gaussian log-density, mean over dimensions: one number a sample."""
+    return (-(x - mean) ** 2 / (2 * std ** 2) - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+def kl_weight(sigma, sigma_next, eta=0.0, kind='flow', var='true'):
+    """w in KL(student || teacher) = w mean((v_s - v_t)^2), that is c^2 / (2 std^2) with c = d mean / d v. For the ODE
+    the limit d^2 / 2. `var='code'` divides by 2 g^2 = 2 std^2 / -d, as the releases of DiffusionOPD and Flow-OPD do."""
+    c, std = transition(torch.zeros_like(sigma), torch.ones_like(sigma), sigma, sigma_next, eta, kind)
+    if eta == 0:
+        return c ** 2 / 2
+    return c ** 2 / (2 * std ** 2) * (sigma - sigma_next if var == 'code' else 1)
+
+
+def velocity_error(v, v_target):
+    return (v - v_target).square().flatten(1).mean(1)                  # one number a sample
+
+
+def relative_gap(v, v_target):
+    return (v - v_target).flatten(1).norm(dim=1) / v_target.flatten(1).norm(dim=1).clamp_min(1e-12)
+
+
+def col(sigma):
+    return sigma.view(-1, 1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields: a model family as a velocity. `cond` is a list of dicts, one a sample: text, and 'source' for an edit.
+
+class Field:
+    """What the families share: a pipeline's denoiser, VAE and scheduler."""
+    can_edit, patch, prefix = False, 2, 'transformer'
+
+    def __init__(self, pipe, device='cpu', max_sequence_length=256, distilled_guidance=3.5):
+        self.pipe, self.device, self.net, self.vae = pipe, torch.device(device), getattr(pipe, self.prefix), pipe.vae
+        self.max_length, self.distilled_guidance = max_sequence_length, distilled_guidance
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        for m in (self.net, self.vae, *self.encoders().values()):
+            m.requires_grad_(False).eval()
+        self.net.to(self.device), self.vae.to(self.device)
+
+    def encoders(self):
+        return {k: m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m is not None}
+
+    def shape(self, height, width):
+        return self.vae.config.latent_channels, height // self.factor, width // self.factor
+
+    def sigmas(self, n, height, width):
+        """The pipeline's own schedule: n + 1 numbers, from pure noise to 0."""
+        s, tokens = copy.deepcopy(self.pipe.scheduler), height * width // (self.factor * self.patch) ** 2
+        k = {'mu': 1.0}
+        if s.config.use_dynamic_shifting:                              # mu is linear in the number of tokens
+            c = s.config
+            slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+            k['mu'] = c.base_shift + slope * (tokens - c.base_image_seq_len)
+        s.set_timesteps(sigmas=torch.linspace(1, 1 / n, n).tolist(), **k)
+        return s.sigmas.float().cpu()
+
+    def start(self, eps, n, height, width):
+        return eps                                                     # the state at sigmas[0] for unit noise
+
+    def encode_image(self, x):
+        """Pixels in [-1, 1] -> clean latents."""
+        c = self.vae.config
+        z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        return (z - (c.shift_factor or 0)) * c.scaling_factor
+
+    def encode_source(self, path, height, width):
+        return {'source': self.encode_image(load_image(path, height, width)[None])[0]}
+
+    def decode(self, z):
+        """Latents -> pixels in [0, 1]."""
+        c = self.vae.config
+        x = self.vae.decode((z / c.scaling_factor + (c.shift_factor or 0)).to(self.vae.dtype)).sample.float()
+        return (x / 2 + 0.5).clamp(0, 1)
+
+    def velocity(self, z, sigma, cond):
+        """z (B, C, H, W), sigma (B,) float32 -> v float32. Autocast lives here and nowhere else."""
+        low = self.net.dtype if self.net.dtype != torch.float32 else torch.bfloat16
+        with torch.autocast(self.device.type, low, enabled=self.net.dtype != torch.float32):
+            return self.forward(z, sigma.float(), cond).float()
+
+    def blocks(self):
+        """The blocks of the network, to be compiled one by one."""
+        names = getattr(self.net, '_repeated_blocks', None)
+        return [m for m in self.net.modules() if type(m).__name__ in names] if names else self.net.transformer_blocks
+
+    def stack(self, cond, key):
+        return torch.stack([c[key] for c in cond]).to(self.device, self.net.dtype)
+
+
+class SD3(Field):
+    """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a diptych); a
+    transformer with twice as many input as output channels gets it as channels instead."""
+    can_edit = True
+    targets = ['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj', 'attn.add_k_proj',
+               'attn.add_v_proj', 'attn.to_add_out']
+
+    def sigmas(self, n, height, width):
+        if self.pipe.scheduler.config.use_dynamic_shifting:
+            return super().sigmas(n, height, width)
+        s = copy.deepcopy(self.pipe.scheduler)
+        s.set_timesteps(n)                                             # not a list: sigma_min is shifted twice
+        return s.sigmas.float().cpu()
+
+    def encode(self, prompts, edit=False):
+        length = min(self.max_length, self.pipe.tokenizer_3.model_max_length if self.pipe.tokenizer_3 else 512)
+        e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device=self.device,
+                                                  do_classifier_free_guidance=False, max_sequence_length=length)
+        return [dict(text=a, pooled=b) for a, b in zip(e.cpu(), pooled.cpu())]
+
+    def forward(self, z, sigma, cond):
+        x, wide = z, self.net.config.in_channels == 2 * self.net.config.out_channels
+        if 'source' in cond[0] or wide:
+            source = self.stack(cond, 'source').to(z.dtype) if 'source' in cond[0] else torch.zeros_like(z)
+            x = torch.cat([z, source], 1) if wide else torch.cat([source, z], 3)
+        return self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma,
+                        encoder_hidden_states=self.stack(cond, 'text'), pooled_projections=self.stack(cond, 'pooled'),
+                        return_dict=False)[0][..., -z.shape[-1]:]
+
+
+class ZImage(Field):
+    """Z-Image, -Turbo and -Omni (editing). Time runs the other way, the output is negated, captions are ragged. The
+    pipeline's guidance g is c + g (c - u); here as everywhere guidance is w = g + 1, and 1.0 means none."""
+    targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
+
+    @property
+    def can_edit(self):
+        return hasattr(self.pipe, 'siglip')
+
+    def __init__(self, pipe, *a, **k):
+        super().__init__(pipe, *a, **k)
+        if self.can_edit:
+            pipe.siglip.requires_grad_(False).eval().to(self.device)
+
+    def encode(self, prompts, edit=False):
+        k = dict(num_condition_images=int(edit)) if self.can_edit else {}
+        es, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False,
+                                        max_sequence_length=self.max_length, **k)
+        return [dict(text=[p.cpu() for p in e] if self.can_edit else e.cpu()) for e in es]
+
+    def encode_source(self, path, height, width):
+        x = load_image(path, height, width)
+        picture = Image.fromarray(((x / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
+        seen = self.pipe.prepare_siglip_embeds([picture], 1, self.device, torch.float32)[0][0]
+        return {'source': self.encode_image(x[None])[0], 'seen': seen}
+
+    def forward(self, z, sigma, cond):
+        to = lambda x: x.to(self.device, self.net.dtype)
+        t, x = (1000 - 1000 * sigma) / 1000, [to(a)[:, None] for a in z]
+        if not self.can_edit:
+            out = self.net(x, t=t, cap_feats=[to(c['text']) for c in cond], return_dict=False)[0]
+        else:
+            sources = [[to(c['source'])[:, None]] if 'source' in c else [] for c in cond]
+            out = self.net(x=[s + [a] for s, a in zip(sources, x)], t=t,
+                           cap_feats=[[to(p) for p in c['text']] for c in cond],
+                           siglip_feats=[[to(c['seen']), None] if 'seen' in c else None for c in cond],
+                           image_noise_mask=[[0] * len(s) + [1] for s in sources], return_dict=False)[0]
+        return -torch.stack(list(out)).squeeze(2)
+
+
+class Flux(Field):
+    """FLUX.1 dev, schnell, and Kontext (editing: the source's tokens follow the target's, first id 1)."""
+    targets = ['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj', 'attn.add_k_proj',
+               'attn.add_v_proj', 'attn.to_add_out', 'ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj',
+               'ff_context.net.2']
+
+    @property
+    def can_edit(self):
+        return 'Kontext' in type(self.pipe).__name__
+
+    def encode(self, prompts, edit=False):
+        e, pooled, _ = self.pipe.encode_prompt(list(prompts), None, device=self.device,
+                                               max_sequence_length=self.max_length)
+        return [dict(text=a, pooled=b) for a, b in zip(e.cpu(), pooled.cpu())]
+
+    def tokens(self, z, first):
+        """(B, C, H, W) -> (B, HW/4, 4C) by 2 x 2 patches, and their ids (first, row, column)."""
+        b, c, h, w = z.shape
+        rows, cols = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing='ij')
+        ids = torch.stack([torch.full_like(rows, first), rows, cols], -1).view(-1, 3).to(z.device, self.net.dtype)
+        return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c), ids
+
+    def forward(self, z, sigma, cond):
+        b, c, h, w = z.shape
+        x, ids = self.tokens(z, 0)
+        n = x.shape[1]
+        if 'source' in cond[0]:
+            source, more = self.tokens(self.stack(cond, 'source').to(z.dtype), 1)
+            x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
+        text, embeds = self.stack(cond, 'text'), self.net.config.guidance_embeds
+        out = self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma / 1000, encoder_hidden_states=text,
+                       guidance=torch.full_like(sigma, self.distilled_guidance) if embeds else None,
+                       pooled_projections=self.stack(cond, 'pooled'), img_ids=ids,
+                       txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)[0][:, :n]
+        return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+class UNet(Field):
+    """SD1.x, SD-Turbo, SDXL, SDXL-Turbo with epsilon or v prediction, as a flow: with a = sqrt(abar_t) and
+    b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Then an Euler step in z is a DDIM step in x_t."""
+    patch, prefix, targets = 1, 'unet', ['to_q', 'to_k', 'to_v', 'to_out.0']
+
+    def __init__(self, pipe, *a, **k):
+        super().__init__(pipe, *a, **k)
+        abar = pipe.scheduler.alphas_cumprod.double()
+        self.noise = ((1 - abar) / abar).sqrt()                        # b / a of every t: grows with t
+
+    def schedule(self, n):
+        s = copy.deepcopy(self.pipe.scheduler)
+        s.set_timesteps(n)
+        if hasattr(s, 'sigmas'):                                       # the Euler scheduler speaks b / a itself
+            return s.sigmas.double().cpu(), s.init_noise_sigma
+        k = torch.cat([self.noise[s.timesteps.long().cpu()], torch.zeros(1, dtype=torch.float64)])
+        return k, (k[0] ** 2 + 1).sqrt()                               # DDIM starts from x_T of unit variance
+
+    def sigmas(self, n, height, width):
+        k, _ = self.schedule(n)
+        return (k / (1 + k)).float()                                   # starts at the table's largest, never at 1
+
+    def start(self, eps, n, height, width):
+        k, scale = self.schedule(n)
+        return eps * float(scale / (1 + k[0]))
+
+    def encode(self, prompts, edit=False):
+        if 'text_encoder_2' not in self.pipe.components:
+            e = self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0]
+            return [dict(text=a) for a in e.cpu()]
+        e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
+        empty = [float(bool(p) or not self.pipe.config.force_zeros_for_empty_prompt) for p in prompts]
+        return [dict(text=a * f, pooled=b * f) for a, b, f in zip(e.cpu(), pooled.cpu(), empty)]
+
+    def forward(self, z, sigma, cond):
+        s = col(sigma)
+        a, b = (1 - s) / (s ** 2 + (1 - s) ** 2).sqrt(), s / (s ** 2 + (1 - s) ** 2).sqrt()
+        x, k = z * (a + b), (sigma.double() / (1 - sigma.double())).cpu()
+        hi = torch.searchsorted(self.noise, k).clamp(1, len(self.noise) - 1)
+        lo = self.noise[hi - 1]
+        t = (hi - 1 + ((k - lo) / (self.noise[hi] - lo))).clamp(0, len(self.noise) - 1)
+        t = torch.where((t - t.round()).abs() < 0.02, t.round(), t).float().to(self.device)
+        extra = {}
+        if 'pooled' in cond[0]:
+            h, w = z.shape[2] * self.factor, z.shape[3] * self.factor
+            ids = torch.tensor([h, w, 0, 0, h, w], device=self.device, dtype=self.net.dtype).expand(len(z), 6)
+            extra = dict(added_cond_kwargs=dict(text_embeds=self.stack(cond, 'pooled'), time_ids=ids))
+        m = self.net(x.to(self.net.dtype), t, encoder_hidden_states=self.stack(cond, 'text'), **extra).sample.float()
+        if self.pipe.scheduler.config.prediction_type == 'v_prediction':
+            return (a * m + b * x) - (a * x - b * m)                   # eps - x0
+        return m - (x - b * m) / a
+
+
+FAMILIES = {'StableDiffusion3Pipeline': SD3, 'ZImagePipeline': ZImage, 'ZImageOmniPipeline': ZImage,
+            'FluxPipeline': Flux, 'FluxKontextPipeline': Flux, 'StableDiffusionPipeline': UNet,
+            'StableDiffusionXLPipeline': UNet}
+EDITORS = 'StableDiffusion3Pipeline, ZImageOmniPipeline, FluxKontextPipeline'
+
+
+REMAKE = '; make it with: python data/shapes/prepare.py'
+
+
+def peek(path, family=''):
+    """What can be known without weights: (pipeline's name, {component: config}); a hub id gives its family alone."""
+    configs = {}
+    for f in glob.glob(f'{path}/*/config.json') + glob.glob(f'{path}/model_index.json'):
+        try:
+            configs[Path(f).parent.name if f.endswith('/config.json') else 'index'] = json.loads(Path(f).read_text())
+        except ValueError as e:
+            raise BadInput(f'{f} is damaged ({e}); fetch the model again')
+    if not configs.get('index') and (Path(path).exists() or path.startswith(('.', '/', '~', 'data/', 'out/'))):
+        raise BadInput(f'{path} is not a diffusers model folder: it has no model_index.json' + REMAKE * ('shapes' in path))
+    name = family or configs.get('index', {}).get('_class_name', '')
+    if (configs or family) and name not in FAMILIES:
+        raise BadInput(f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
+    return name, configs
+
+
+def check_size(name, configs, height, width, editing):
+    """Can the family take this size, and edit? `name` may be '' for a hub id that nobody has seen yet."""
+    vae, net = configs.get('vae', {}), configs.get('transformer', {})
+    patch = net.get('patch_size', 2) if name == 'StableDiffusion3Pipeline' else FAMILIES[name].patch if name else 2
+    unit = 2 ** (len(vae['block_out_channels']) - 1 if vae else 3) * patch
+    for what, x in (('height', height), ('width', width)):
+        if x < unit or x % unit:
+            raise BadInput(f'resolution: {name or "this model"} takes a {what} in multiples of {unit} pixels, not {x}; '
+                           f'the nearest is {max(unit, round(x / unit) * unit)}')
+    if editing and name and not (name == 'StableDiffusion3Pipeline' or name.endswith(('OmniPipeline', 'KontextPipeline'))):
+        raise BadInput(f'{name} cannot edit a source image; these can: {EDITORS}. Take source_image out of the data, '
+                       f'or another model')
+    wide = 2 if editing and net.get('in_channels') == net.get('out_channels') else 1
+    most = net.get('pos_embed_max_size', 10 ** 6)
+    if name == 'StableDiffusion3Pipeline' and (height // unit > most or wide * width // unit > most):
+        raise BadInput(f'resolution: {height} x {width}{" as a diptych" if wide == 2 else ""} is larger than this '
+                       f'model\'s position table of {most * unit} pixels')
+
+
+def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_length=256, distilled_guidance=3.5):
+    """A diffusers folder or hub id -> its field, with the weights loaded."""
+    import diffusers
+    name, _ = peek(path, family)
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path)
+        name = name or index['_class_name']
+        skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index}
+        if name not in FAMILIES:
+            raise BadInput(f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
+        pipe = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **skip)
+    except BadInput:
+        raise
+    except Exception as e:                                             # whatever it was, the person can only refetch
+        local = 'some file of the folder is missing or damaged: fetch or make it again' if Path(path).exists() else \
+            'download it, or give a local folder; gated models need: hf auth login'
+        local += ' (python data/shapes/prepare.py)' if path.startswith('data/shapes') else ''
+        raise BadInput(f'model {path} could not be loaded: {local}. It said: {str(e).strip()[:300]}')
+    pipe.vae.to(torch.float32 if name != 'ZImageOmniPipeline' else dtype)
+    return FAMILIES[name](pipe, device, max_sequence_length, distilled_guidance)
+
+
+def guided(field, z, sigma, cond, empty=None, w=1.0):
+    """v_empty + w (v_cond - v_empty), both in one forward; no unconditional forward at w = 1."""
+    if w == 1:
+        return field.velocity(z, sigma, cond)
+    v, v_empty = field.velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), list(cond) + list(empty)).chunk(2)
+    return v_empty + w * (v - v_empty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One frozen base, adapters on it by name, full models beside it
+
+def attach(net, name, adapter, dtype=None):
+    """Puts adapter tensors {module: (A, B, scale)} on the net under a name, exactly as they are, frozen."""
+    from peft import LoraConfig
+    net.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=sorted(adapter)), adapter_name=name)
+    for key, (A, B, scale) in adapter.items():
+        layer = net.get_submodule(key)
+        for part, x in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
+            part.weight = torch.nn.Parameter(x.to(layer.weight.device, dtype or x.dtype), requires_grad=False)
+        layer.scaling[name], layer.r[name] = float(scale), A.shape[0]
+
+
+class Models:
+    """Who can be asked for a velocity: 'base', 'student', and every teacher by its name."""
+
+    def __init__(self, field, teachers=(), offload=False):
+        self.field, self.teachers, self.full, self.offload = field, {t['name']: t for t in teachers}, {}, offload
+        self.cost, self.layers, self.adapters = {'base': 0}, [], {'student'}
+        for t in teachers:
+            if t.get('lora'):
+                adapter = self.fit(merge_lora.read_adapter(t['lora']), f'teacher {t["name"]!r}')
+                attach(field.net, t['name'], adapter, field.net.dtype)
+                self.adapters.add(t['name'])
+                self.cost[t['name']] = sum(a.numel() + b.numel() for a, b, _ in adapter.values()) * field.net.dtype.itemsize
+            elif t.get('checkpoint'):
+                net = self.load_full(t['checkpoint'])
+                self.full[t['name']] = copy.copy(field)
+                self.full[t['name']].net = net.requires_grad_(False).eval().to('cpu' if offload else field.device)
+                self.cost[t['name']] = sum(p.numel() * p.element_size() for p in net.parameters())
+        self.refresh()
+
+    def fit(self, adapter, what):
+        """An adapter's tensors under this net's names; all must land."""
+        layers = [(k.removesuffix('.base_layer'), m) for k, m in self.field.net.named_modules() if 'lora_' not in k]
+        return merge_lora.fit(adapter, {k: tuple(m.weight.shape) for k, m in layers
+                                        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}, what)
+
+    def load_full(self, path):
+        kind, part = type(self.field.net), self.field.prefix
+        try:
+            sub = None if (Path(path) / 'config.json').exists() else part
+            net = kind.from_pretrained(path, subfolder=sub, torch_dtype=self.field.net.dtype)
+        except Exception as e:
+            raise BadInput(f'checkpoint {path} could not be loaded as a {kind.__name__}: give a diffusers folder or hub '
+                           f'id of the same family. It said: {str(e).strip()[:300]}')
+        for k in ('in_channels', 'out_channels'):
+            if net.config.get(k) != self.field.net.config.get(k):
+                raise BadInput(f'checkpoint {path} has {k} {net.config.get(k)}, the base {self.field.net.config.get(k)}')
+        return net
+
+    def refresh(self):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        self.layers = [m for m in self.field.net.modules() if isinstance(m, BaseTunerLayer)]
+        for n, p in self.field.net.named_parameters():                 # attaching an adapter makes it trainable
+            p.requires_grad_('.student.' in n)
+
+    def switch(self, name):
+        """Fast: PEFT's own calls would rewrite requires_grad. None is the bare base."""
+        for m in self.layers:
+            m._disable_adapters = name is None
+            if name is not None:
+                m._active_adapter = [name]
+
+    def velocity(self, who, z, sigma, cond, empty=None, w=1.0):
+        if who in self.full:
+            f = self.full[who]
+            f.net.to(f.device)
+            v = guided(f, z, sigma, cond, empty, w)
+            if self.offload:
+                f.net.to('cpu')
+            return v
+        self.switch(who if who in self.adapters else None)
+        try:
+            return guided(self.field, z, sigma, cond, empty, w)
+        finally:
+            self.switch('student')                                     # backward recomputes: it must find the student
+
+
+class Student:
+    """The one adapter that learns, in float32, with its optimizer and its average."""
+
+    def __init__(self, net, rank, alpha, targets, seed=0, init=None, betas=(0.9, 0.99), weight_decay=0.0):
+        from peft import LoraConfig
+        torch.manual_seed(seed)
+        linear = [k for k, m in net.named_modules() if isinstance(getattr(m, 'base_layer', m), torch.nn.Linear)
+                  and 'lora_' not in k and not k.endswith('.base_layer')]
+        lost = [t for t in targets if not any(k == t or k.endswith('.' + t) for k in linear)]
+        names = sorted(k for k in linear if any(k == t or k.endswith('.' + t) for t in targets))
+        if lost:
+            raise BadInput(f'lora_targets: no linear layer of the model is called {", ".join(lost[:5])}')
+        config = dict(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights='gaussian')
+        net.add_adapter(LoraConfig(**config), adapter_name='student')
+        surplus = sorted(set(init or ()) - set(names))
+        if surplus:
+            raise BadInput(f'init_from: {len(surplus)} modules of the start, as {surplus[0]}, are not in lora_targets; '
+                           f'add them there, or leave lora_targets None')
+        for key, module in (init or {}).items():
+            layer = net.get_submodule(key)
+            A, B = merge_lora.to_rank(module, rank)
+            used = A.flatten(1).abs().amax(1) > 0                      # a surplus row keeps its random start
+            layer.lora_A['student'].weight.data[used.to(layer.weight.device)] = A[used].to(layer.weight.device)
+            layer.lora_B['student'].weight.data.copy_(B / (alpha / rank))
+        self.net, self.names, self.alpha = net, names, alpha
+        self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
+        for p in self.params.values():
+            p.data = p.data.float()
+        self.ema, self.bad = None, 0
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(betas), weight_decay=weight_decay)
+
+    def tensors(self):
+        return {n: p.detach().clone() for n, p in self.params.items()}
+
+    @contextlib.contextmanager
+    def wearing(self, tensors):
+        """For a while, other weights: the average, or the start."""
+        own = self.tensors()
+        try:
+            for n, p in self.params.items():
+                p.data.copy_((tensors or own)[n])
+            yield
+        finally:
+            for n, p in self.params.items():
+                p.data.copy_(own[n])
+
+    def update(self, world, lr, clip, ema_decay=0.0, ema_now=True, flag=0.0):
+        """Sums the gradients of all processes, once; steps if they are finite. Returns (norm, stepped, summed flag)."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params.values()]
+        flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([flag], device=grads[0].device)])
+        if world.size > 1:
+            dist.all_reduce(flat)
+        norm, flag = flat[:-1].norm().item(), flat[-1].item()
+        good = math.isfinite(norm)
+        if good:
+            scale, at = min(1.0, clip / (norm + 1e-6)) if clip else 1.0, 0
+            for p in self.params.values():
+                p.grad = flat[at:at + p.numel()].view_as(p).mul(scale)
+                at += p.numel()
+            for group in self.optimizer.param_groups:
+                group['lr'] = lr
+            self.optimizer.step()
+            if ema_decay and ema_now:
+                for n, p in self.params.items():
+                    self.ema[n].lerp_(p.detach(), 1 - ema_decay)
+        self.bad = 0 if good else self.bad + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, good, flag
+
+    def modules(self, tensors):
+        """{module: (A, B)} as adapter files have it."""
+        part = lambda k, ab: tensors[f'{k}.lora_{ab}.student.weight'].cpu()
+        return {k: (part(k, 'A'), part(k, 'B')) for k in self.names}
+
+    def save(self, folder, prefix):
+        merge_lora.write_adapter(folder, self.modules(self.tensors()), self.alpha, prefix)
+        if self.ema:
+            merge_lora.write_adapter(folder / 'ema', self.modules(self.ema), self.alpha, prefix)
+        torch.save(dict(student=self.tensors(), ema=self.ema, optimizer=self.optimizer.state_dict()),
+                   folder / 'train_state.pt')
+
+    def load(self, folder):
+        try:
+            state = torch.load(folder / 'train_state.pt', map_location='cpu', weights_only=True)
+        except Exception as e:
+            raise BadInput(f'{folder / "train_state.pt"} cannot be read ({e}); delete {folder} to resume from the '
+                           f'checkpoint before it')
+        if {n: x.shape for n, x in state['student'].items()} != {n: p.shape for n, p in self.params.items()}:
+            raise BadInput(f'{folder} holds another adapter than these settings make: rank, lora_targets and model '
+                           f'must be those of its meta.json')
+        for n, p in self.params.items():
+            p.data.copy_(state['student'][n])
+        self.ema = {n: x.to(self.params[n].device) for n, x in state['ema'].items()} if state['ema'] else None
+        self.optimizer.load_state_dict(state['optimizer'])
+        meta = json.loads((folder / 'meta.json').read_text())
+        return meta['step'], meta.get('state', [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and plan
+
+def rng(*key):
+    """A random stream of its own for every (seed, step, sample, purpose): nothing random needs to be saved."""
+    return random.Random(repr(key))
+
+
+def torch_rng(*key):
+    return torch.Generator().manual_seed(rng(*key).getrandbits(62))
+
+
+def draw_indices(r, k, sigmas, bias='low', space='index', slot=0, of=1):
+    """K distinct step numbers of a rollout. `slot` of `of`: this sample's place among those of its route, so that
+    'stratified' spreads a step's queries evenly over the rollout."""
+    n = len(sigmas) - 1
+    ab = {'low': (5, 2), 'mid': (5, 5), 'high': (2, 5)}.get(bias)
+    taken = []
+    for j in range(k):
+        u = r.betavariate(*ab) if ab else (slot + j * of + r.random()) / (k * of) if bias == 'stratified' else r.random()
+        i = min(int(u * n), n - 1)
+        if space == 'sigma':
+            i = min(range(n), key=lambda m: abs(float(sigmas[m]) - float(sigmas[0]) * (1 - u)))
+        free = [m for m in range(n) if m not in taken]
+        taken.append(min(free, key=lambda m: abs(m - i)))              # the nearest that is still free
+    return sorted(taken)
+
+
+def plan(step, seed, routes, sizes, batch, per_step='all', cycle=(), group=1):
+    """The global batch of a step as a list of samples: number, route, row, weight in the loss, place in its route. It
+    depends on (seed, step) alone, so that neither the number of processes nor a resume changes a sample."""
+    n, weights = batch // group, [r.get('weight', 1.0) for r in routes]
+    if per_step == 'sample':
+        who = [rng(seed, step, g, 'route').choices(range(len(routes)), weights)[0] for g in range(n)]
+    elif per_step == 'all':
+        who = [i for i, r in enumerate(routes) for _ in range(r.get('samples', batch // len(routes)) // group)]
+    else:
+        names = [r['data'] for r in routes]
+        who = [names.index(cycle[step % len(cycle)]) if cycle else
+               rng(seed, step, 'route').choices(range(len(routes)), weights)[0]] * n
+    out = []
+    for number in range(batch):
+        g, i = number // group, who[number // group]
+        share = weights[i] / sum(weights) / (who.count(i) * group) if per_step == 'all' else 1 / batch
+        out.append(SimpleNamespace(number=number, group=g, route=i, row=rng(seed, step, g, 'row').randrange(sizes[i]),
+                                   share=share, slot=number - who.index(i) * group, of=who.count(i) * group))
+    return out
+
+
+def text_key(row):
+    return row['prompt'], bool(row['source_image'])
+
+
+class Prompts:
+    """Text embeddings by (prompt, is it an edit). The text encoders visit the device to encode what is missing, and
+    leave it; `free` drops them for good."""
+
+    def __init__(self, field):
+        self.field, self.kept, self.chunk, self.encoded = field, {}, {}, 0
+
+    def __getitem__(self, key):
+        return self.kept.get(key) or self.chunk[key]
+
+    def add(self, keys, keep=False):
+        """Encodes what is missing. What is not kept lives until the next chunk."""
+        keys = list(dict.fromkeys(keys))
+        self.chunk = {} if keep else {k: self.chunk[k] for k in keys if k in self.chunk}
+        into, new = self.kept if keep else self.chunk, [k for k in keys if k not in self.kept and k not in self.chunk]
+        encoders = self.field.encoders().values()
+        for m in encoders if new else ():
+            m.to(self.field.device)
+        for edit in (False, True):
+            some = [p for p, e in new if e == edit]
+            for i in range(0, len(some), 16):
+                with torch.no_grad():
+                    into.update(zip(((p, edit) for p in some[i:i + 16]), self.field.encode(some[i:i + 16], edit)))
+        self.encoded += len(new)
+        for m in encoders if new else ():
+            m.to('cpu')
+
+    def size(self, key):
+        return sum(x.numel() * x.element_size() for v in self[key].values() for x in (v if isinstance(v, list) else [v]))
+
+    def free(self):
+        for k in self.field.encoders():
+            setattr(self.field.pipe, k, None)
+
+    @torch.no_grad()
+    def conditions(self, rows, height, width):
+        """Rows -> (cond, empty): what a field takes, and the same without the words, for guidance."""
+        sources = [self.field.encode_source(r['source_image'], height, width) if r.get('source_image') else {} for r in rows]
+        return tuple([{**self[p, bool(s)], **s} for p, s in zip(ps, sources)]
+                     for ps in ([r['prompt'] for r in rows], [''] * len(rows)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: a model's own states, without gradient
+
+@torch.no_grad()
+def rollout(velocity, z, sigmas, last, eta=0.0, kind='flow', generators=None):
+    """Yields (i, alive, states z[alive] at sigmas[i]) for i = 0, 1, ...; sample j leaves after index last[j]. What is
+    sent back, if anything, is taken as the velocity there, so that nobody computes it twice."""
+    alive = range(len(z))
+    for i in range(len(sigmas)):
+        keep = [k for k, j in enumerate(alive) if last[j] >= i]
+        z, alive = z[keep], [alive[k] for k in keep]
+        if not alive:
+            return
+        v = yield i, alive, z
+        on = [k for k, j in enumerate(alive) if last[j] > i]
+        if not on:
+            return
+        z, alive = z[on], [alive[k] for k in on]
+        s = sigmas[i].expand(len(z))
+        v = velocity(z, s, alive) if v is None else v[on]
+        mean, std = transition(z, v, col(s), col(sigmas[i + 1].expand(len(z))), eta, kind)
+        if eta:
+            noise = [torch.randn(z.shape[1:], generator=generators[j]) for j in alive]
+            mean = mean + std * torch.stack(noise).to(z.device)
+        z = mean
+
+
+def sample(velocity, z, sigmas, eta=0.0, kind='flow', generators=None):
+    """The whole way down: clean latents."""
+    for _, _, x in rollout(velocity, z, sigmas, [len(sigmas) - 1] * len(z), eta, kind, generators):
+        pass
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: one number a sample each. Every one is a weighted velocity error; the weight is the method.
+
+def danceopd_loss(v, v_target):
+    """DanceOPD (2606.27377): |v_s - v_t|^2 at K states of the student's own rollout."""
+    return velocity_error(v, v_target)
+
+
+def diffusionopd_loss(v, v_target, sigma, sigma_next, eta=0.0, kind='flow', var='true'):
+    """DiffusionOPD (2605.15055): KL(student step || teacher step), at every state."""
+    return kl_weight(sigma, sigma_next, eta, kind, var) * velocity_error(v, v_target)
+
+
+def ppo_loss(logp, logp_old, advantage, clip_range):
+    """max(-A r, -A clip(r)), r = pi / pi_old; also the ratio, for the log."""
+    ratio = (logp - logp_old).exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)), ratio.detach()
+
+
+def flowopd_reward(estimator, logp_teacher, logp_student, kl):
+    """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the sampled action, whose policy
+    gradient is that of -KL. 'paper': -KL(s), a function of the state alone, so that E[A(s) grad log pi] = 0: it teaches
+    nothing, and is here to be studied. 'code': the same, but not detached: the gradient is the KL's own."""
+    return logp_teacher - logp_student if estimator == 'k1' else -kl
+
+
+def group_advantage(rewards, group, clip=5.0, global_std=False, eps=1e-6):
+    """(r - mean) / std within each group of `group` in a row, clipped. Groups without spread get zeros."""
+    r = rewards.view(-1, group)
+    std = rewards.std() if global_std else r.std(1, keepdim=True)
+    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= eps
+    return torch.where(flat, torch.zeros_like(r), (r - r.mean(1, keepdim=True)) / (std + eps)).clamp(-clip, clip).view(-1)
+
+
+def flowopd_loss(logp, logp_old, kl, advantage, estimator, clip_range, adv_clip=5.0):
+    """The policy gradient of one step, for any of the three estimators."""
+    if estimator == 'code':                # as released: -KL is the advantage and keeps its gradient. Centring it within
+        advantage = (-kl).clamp(-adv_clip, adv_clip)                  # a group would cancel that gradient
+    return ppo_loss(logp, logp_old, advantage, clip_range)
+
+
+def launch(device='', tf32=True):
+    """This process among all: rank, size, device. Works with and without torchrun."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    gpu = torch.cuda.is_available() and not device.startswith('cpu')
+    device = device or (f'cuda:{local}' if gpu else 'cpu')
+    if gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if gpu else 'gloo')
+    return SimpleNamespace(rank=rank, size=size, device=torch.device(device))
+
+
+def gather(world, x):
+    """Lists of all processes, one after the other."""
+    if world.size == 1:
+        return x
+    parts = [None] * world.size
+    dist.all_gather_object(parts, x)
+    return [y for p in parts for y in p]
+
+
+def learning_rate(step, c):
+    """Warm-up, then constant or cosine: from the settings at every step, so that a resume follows them."""
+    decay = 0.5 * (1 + math.cos(math.pi * step / c.max_steps)) if c.lr_schedule == 'cosine' else 1.0
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * max(decay, 0.02)
+
+
+def score_mean(scores):
+    """What a scorer said of some pictures, numbers or dicts whose first value counts, as one number."""
+    return sum(float(next(iter(s.values())) if isinstance(s, dict) else s) for s in scores) / max(1, len(scores))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: what distillation and train_teacher.py share. From here on `c` is all settings, read in one place each
+
+def need(good, message):
+    if not good:
+        raise BadInput(message)
+
+
+def check_settings(c, choices, least):
+    """Values that are one of a few, and numbers that are at least, or (above=True) more than, a bound."""
+    for key, known in choices.items():
+        need(getattr(c, key) in known, f'{key}: {getattr(c, key)!r} is not one of {", ".join(map(repr, known))}')
+    for bound, names in least.items():
+        for k in names.split():
+            x, above = getattr(c, k), bound == 'above 0'
+            need(x > 0 if above else x >= int(bound), f'{k} must be {"more than 0" if above else f"at least {bound}"}, not {x}')
+    need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
+    need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: one number, or [height, width]')
+
+
+def check_data(c, labels, need_target=False):
+    """Buckets of training and held-out rows, every picture looked at; whether the model can take size and sources."""
+    height, width = (c.resolution, c.resolution) if isinstance(c.resolution, int) else c.resolution
+    (buckets, errors), (held, more) = read_data(c.data), read_data(c.eval_data)
+    labels = labels or list(buckets)
+    errors += more + [f'bucket {k!r} has no rows; the data has: {", ".join(buckets) or "none"}'
+                      for k in labels if not len(buckets.get(k, ()))]
+    for k in labels if not errors else ():
+        errors += check_rows(buckets[k], need_target) + (check_rows(held[k]) if k in held else [])
+    need(not errors, 'the data has mistakes:\n  ' + '\n  '.join(errors[:20]) +
+         (f'\n  and {len(errors) - 20} more' if len(errors) > 20 else ''))
+    buckets = {k: buckets[k] for k in labels}
+    editing = any(b[0]['source_image'] for b in buckets.values())
+    family, configs = peek(c.model, c.family)
+    check_size(family, configs, height, width, editing)
+    return SimpleNamespace(height=height, width=width, family=family, buckets=buckets, editing=editing, labels=labels,
+                           held={k: held.get(k) or buckets[k] for k in labels})
+
+
+class Run:
+    def __init__(self, c, d, teachers=(), init=lambda models: None, plan=None, eval_rows=0):
+        self.c, self.d, self.out, self.plan, self.notes, self.extra = c, d, Path(c.out_dir), plan, [], {}
+        self.skipped, self.bad, self.stop, self.step, self.history, self.t0 = 0, '?', 0, 0, [], time.time()
+        self.world = world = launch(c.device, c.tf32)
+        self.say = print if world.rank == 0 else lambda *a: None
+        settings = {k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')}
+        path = lambda t: t.get('lora') or t.get('checkpoint') or c.model
+        self.meta = dict(settings=settings, teachers={t['name']: dict(path=path(t), sha256=sha256(path(t))) for t in teachers})
+        last = claim(c.out_dir, c.init_from == 'resume', self.meta)
+
+        low = {'auto': 'bfloat16' if world.device.type == 'cuda' else 'float32'}.get(c.dtype, c.dtype)
+        self.field = field = open_field(c.model, getattr(torch, low), world.device, c.family, c.max_sequence_length,
+                                        c.distilled_guidance)
+        check_size(type(field.pipe).__name__, dict(vae=dict(field.vae.config), transformer=dict(field.net.config)),
+                   d.height, d.width, d.editing)                       # again: a hub id's configs are known only now
+        self.models = Models(field, teachers, getattr(c, 'teacher_offload', False))
+        if last:                                                       # where the run began is a file of it
+            settings['init_from'] = json.loads((last / 'meta.json').read_text())['settings']['init_from']
+            start = merge_lora.read_adapter(self.out / 'start')
+        elif c.init_from in ('base', 'merge'):
+            start = init(self.models)
+        else:
+            start = self.models.fit(merge_lora.read_adapter(c.init_from), 'init_from')
+        targets = c.lora_targets or (sorted(start) if start else field.targets)
+        self.student = Student(field.net, c.rank, c.alpha, targets, c.seed, start, c.betas, c.weight_decay)
+        self.models.refresh(), self.models.switch('student')
+        self.start, self.first, self.state = self.student.tensors(), 0, []
+        self.student.ema = self.student.tensors() if c.ema_decay else None
+        if last:
+            self.first, self.state = self.student.load(last)
+            self.say(f'resumed {last}')
+        elif world.rank == 0:
+            merge_lora.write_adapter(self.out / 'start', self.student.modules(self.start), c.alpha, field.prefix)
+        if c.grad_checkpointing:
+            field.net.enable_gradient_checkpointing()
+        if c.compile:
+            torch._dynamo.config.recompile_limit = 64                  # a graph for each adapter and gradient mode
+            for block in field.blocks():
+                block.compile(fullgraph=True)
+
+        self.prompts, self.last = Prompts(field), last
+        count = lambda b: min(len(b), eval_rows)
+        self.eval_rows = {k: [b[i] for i in rng(c.seed, 'eval', k).sample(range(len(b)), count(b))] for k, b in d.held.items()}
+        self.prompts.add([('', False), ('', True)][:1 + d.editing] + [text_key(r) for rows in self.eval_rows.values()
+                                                                      for r in rows], keep=True)
+        size = sum(map(len, d.buckets.values())) * self.prompts.size(('', False))
+        self.whole = size < c.cache_gb * 1e9                           # all prompts now, or a chunk of steps at a time
+        if self.whole:
+            self.prompts.add((text_key(b[i]) for b in d.buckets.values() for i in range(len(b))), keep=True)
+            self.prompts.free()
+        self.log = self.out / 'log.jsonl'
+        if world.rank == 0:
+            if last and self.log.exists():                             # forget what came after the checkpoint
+                rows = map(json.loads, filter(str.strip, self.log.read_text().splitlines()))
+                self.history = [r for r in rows if r['step'] <= self.first]
+            self.log.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
+            if c.wandb_log:
+                import wandb
+                wandb.init(project=c.wandb_project, name=self.out.name, config=settings, resume='allow', id=self.out.name)
+            for k, rows in self.eval_rows.items():                     # edit pairs, to be looked at before step 0
+                b = d.buckets[k]
+                shown = [b[i] for i in range(min(8, len(b)))] if b[0]['source_image'] and not last else []
+                picture = lambda p: load_image(p, d.height, d.width) / 2 + 0.5 if p else None
+                if shown:
+                    grid([[picture(r['source_image']), picture(r['target_image'])] for r in shown],
+                         self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in shown], ['source', 'target'])
+        if not last:
+            self.save(0)
+        signal.signal(signal.SIGTERM, lambda *a: setattr(self, 'stop', 1))
+
+    def mine(self, step, routes, per_step='sample', cycle=(), same_noise=False):
+        """This process's samples of a step, whole groups, with their row and random streams: `noise` for the start, `draws`
+        for what follows."""
+        c, buckets = self.c, [self.d.buckets[r['data']] for r in routes]
+        todo = plan(step, c.seed, routes, [len(b) for b in buckets], c.batch_size, per_step, cycle, c.group_size)
+        todo = [s for s in todo if s.group % self.world.size == self.world.rank]
+        for s in todo:
+            s.data, s.label = buckets[s.route][s.row], routes[s.route]['data']
+            s.noise = torch_rng(c.seed, step, s.group if same_noise else s.number, 'noise', same_noise)
+            s.draws = torch_rng(c.seed, step, s.number, 'draws')
+        return todo
+
+    def chunks(self, todo, size):
+        """Samples that can share a forward: with a source picture, or without."""
+        for has_source in (False, True):
+            some = [s for s in todo if bool(s.data['source_image']) == has_source]
+            yield from (some[i:i + size] for i in range(0, len(some), size))
+
+    def begin(self, todo, n, guidance=1.0, who='student'):
+        """What a chunk starts from: words and sources, the state at sigmas[0], and a model as a function for rollout."""
+        cond, empty = self.prompts.conditions([s.data for s in todo], self.d.height, self.d.width)
+
+        def velocity(z, s, alive):
+            return self.models.velocity(who, z, s, [cond[j] for j in alive], [empty[j] for j in alive], guidance)
+        return cond, empty, self.field.start(self.noise(todo), n, self.d.height, self.d.width), velocity
+
+    def noise(self, todo):
+        shape = self.field.shape(self.d.height, self.d.width)
+        return torch.stack([torch.randn(shape, generator=s.noise) for s in todo]).to(self.world.device)
+
+    @torch.no_grad()
+    def trajectory(self, todo, sigmas, n, eta, kind, guidance):
+        """n steps of a stochastic rollout kept whole, for policy gradients: states, velocities, log-probabilities."""
+        cond, empty, z, velocity = self.begin(todo, len(sigmas) - 1, guidance)
+        t = SimpleNamespace(todo=todo, cond=cond, empty=empty, sigmas=sigmas, eta=eta, kind=kind, guidance=guidance, z=[], v=[])
+        walk = rollout(velocity, z, sigmas, [n] * len(todo), eta, kind, [s.draws for s in todo])
+        i, alive, z = next(walk)
+        while i < n:
+            t.z.append(z), t.v.append(velocity(z, sigmas[i].expand(len(z)), alive))
+            i, alive, z = walk.send(t.v[-1])
+        t.z, t.v = torch.stack(t.z + [z]), torch.stack(t.v)
+        t.logp = torch.stack([self.policy(t, i, t.v[i])[1] for i in range(n)])
+        return t
+
+    def policy(self, t, i, v=None):
+        """The student's velocity at step i of a trajectory (one number, or one a sample), its log-probability of what was
+        drawn there, and the state and sigmas it is about."""
+        b = torch.arange(len(t.todo))
+        i = torch.as_tensor(i).expand(len(b))
+        z, s, s_next = t.z[i, b], t.sigmas[i], t.sigmas[i + 1]
+        if v is None:
+            v = self.models.velocity('student', z, s, t.cond, t.empty, t.guidance)
+        mean, std = transition(z, v, col(s), col(s_next), t.eta, t.kind)
+        return v, log_prob(t.z[i + 1, b], mean, std), z, s, s_next
+
+    def render(self, who, label, rows, n, guidance=1.0, tensors=None):
+        """Pictures of rows from noise that is the same every time, each process a share of them."""
+        d, size = self.d, self.c.micro_batch * 4
+        sigmas, done = self.field.sigmas(n, d.height, d.width).to(self.world.device), []
+        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(self.c.seed, 'eval', label, i)) for i, r in enumerate(rows)]
+        for some in self.chunks(todo[self.world.rank::self.world.size], size):
+            with torch.no_grad(), self.student.wearing(tensors):
+                _, _, z, velocity = self.begin(some, n, guidance, who)
+                done += zip([s.number for s in some], self.field.decode(sample(velocity, z, sigmas)).cpu())
+        return torch.stack([x for _, x in sorted(gather(self.world, done), key=lambda p: p[0])])
+
+    def note(self, todo, **numbers):
+        """For the log: numbers of each sample; a loss that is not finite is remembered with its route and sigma."""
+        for j, s in enumerate(todo):
+            one = {k: float(v[j]) for k, v in numbers.items()}
+            self.notes.append((s.label, one))
+            if not all(map(math.isfinite, one.values())):
+                self.bad = f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
+
+    def apply(self):
+        """One optimizer step from the gradients that have gathered, on all processes."""
+        c, s = self.c, self.student
+        self.norm, good, asked = s.update(self.world, learning_rate(self.step, c), c.grad_clip, c.ema_decay,
+                                          (self.step + 1) % c.ema_every == 0, float(self.stop > 0))
+        self.skipped, self.stop = self.skipped + (not good), 2 if asked else self.stop
+        if s.bad >= c.max_bad_steps:
+            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower lr, or use '
+                               f'dtype=float32. The last checkpoint in {self.out} is from before')
+
+    def record(self, entry):
+        if self.world.rank == 0:
+            self.history.append(entry)
+            with open(self.log, 'a') as f:
+                f.write(json.dumps(entry) + '\n')
+            if self.c.wandb_log:
+                __import__('wandb').log(entry, step=entry['step'])
+
+    def save(self, step):
+        if self.world.rank == 0:
+            save_checkpoint(self.out, step, lambda f: self.student.save(f, self.field.prefix),
+                            {**self.meta, 'state': self.state}, self.c.ckpt_keep)
+        if self.world.size > 1:
+            dist.barrier()
+
+    def steps(self, evaluate):
+        """The loop: yields the samples of a step, this process's share; around that the log, evaluations, checkpoints."""
+        c, mean = self.c, lambda x: sum(x) / len(x)
+        bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=self.world.rank > 0)
+        for self.step in bar:
+            step, done = self.step, self.step + 1
+            if not self.whole and (step == self.first or step % c.encode_every == 0):
+                ahead = range(step, min(c.max_steps, step - step % c.encode_every + c.encode_every))
+                self.prompts.add(text_key(s.data) for t in ahead for s in self.plan(self, t))
+            yield self.plan(self, step)
+            if done % c.log_every == 0 or done == c.max_steps:
+                notes, self.notes = gather(self.world, self.notes), []
+                gpu = self.world.device.type == 'cuda'
+                memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
+                entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(step, c), skipped=self.skipped,
+                             seconds=round(time.time() - self.t0, 1), memory_gb=round(memory, 2), **self.extra)
+                entry.update({k: mean([n[k] for _, n in notes if k in n]) for k in sorted({k for _, n in notes for k in n})})
+                routes = {r: mean([n['gap'] for q, n in notes if q == r and 'gap' in n] or [math.nan]) for r in {q for q, _ in notes}}
+                entry.update({f'train_gap/{r}': g for r, g in routes.items() if g == g})
+                self.record(entry)
+                show = {k: f'{entry[k]:.4g}' for k in ('loss', 'gap', 'reward', 'ratio_off') if k in entry}
+                bar.set_postfix(**show, route=notes[-1][0] if notes else '', GB=f'{memory:.1f}')
+                bar.write(f'step {done:6d}  ' + '  '.join(f'{k} {v}' for k, v in show.items()) + f'  |grad| {self.norm:.3g}  '
+                          + '  '.join(f'{r} {g:.3f}' for r, g in sorted(routes.items()) if g == g))
+            if done % c.eval_every == 0 and done < c.max_steps and self.stop < 2:
+                evaluate(done)
+            if done % c.save_every == 0 or done == c.max_steps or self.stop == 2:
+                self.save(done)
+            if self.stop == 2:
+                self.say(f'\nasked to stop: saved {newest(self.out)}; continue with --init_from=resume')
+                raise SystemExit(0)
+
+    def table(self, rows, name='route'):
+        """The result, as a file and for people."""
+        if self.world.rank == 0:
+            (self.out / 'result.json').write_text(json.dumps(rows, indent=1))
+            heads = list(next(iter(rows.values())))
+            print('\n' + f'{name:16s}' + ''.join(f'{h:>12s}' for h in heads))
+            for k, row in rows.items():
+                print(f'{k:16s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
+            print(f'{time.time() - self.t0:.0f} s; {self.out / "latest"} holds the adapter, {self.out / "samples"} the pictures. '
+                  f'Try: python sample.py --ckpt {self.out}')
+        if self.world.size > 1:
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def check(c):
+    """Everything that can be known before weights are loaded."""
+    check_settings(c, dict(
+        method=('danceopd', 'diffusionopd', 'flowopd'), sde=('flow', 'dance', 'cps'), query_space=('index', 'sigma'),
+        query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'), reward=('k1', 'code', 'paper'),
+        mixing=('hard', 'soft'), states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
+        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')), {
+        '1': 'max_steps batch_size micro_batch rank steps queries group_size updates sample_steps encode_every save_every '
+             'eval_every log_every ckpt_keep eval_samples max_bad_steps ema_every show',
+        '0': 'eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb score_samples',
+        'above 0': 'lr alpha clip_range adv_clip'})
+    flow = c.method == 'flowopd'
+    need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps; at most {c.steps}')
+    need(not flow or c.group_size > 1, 'group_size = 1: Flow-OPD compares the samples of one prompt; at least 2 (paper: 16)')
+    need(not flow or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has eta = 0.7')
+    need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the very policy that drew the samples: '
+         'rollout_guidance and student_guidance must be equal')
+    need(flow or c.updates == 1, 'updates above 1 reuse a rollout, which only flowopd can correct for')
+    need(c.method == 'danceopd' or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
+    need(c.method == 'danceopd' or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
+    need(c.method != 'danceopd' or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
+    need(not c.drop_last or c.steps > 1, 'drop_last leaves nothing of a rollout of one step')
+    need(c.sde != 'cps' or not c.eta or c.method == 'danceopd' or (c.drop_last and c.kl_var == 'true'),
+         "sde = 'cps' ends without noise, where the KL has no value: set drop_last = True and kl_var = 'true'")
+    need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base', or a teacher")
+    need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set it (Flow-OPD: 0.04), or no anchor')
+    names = [t.get('name') for t in c.teachers]
+    for t in c.teachers:
+        name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
+        odd = set(t) - {'name', 'lora', 'checkpoint', 'guidance', 'weight'}
+        need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: name, lora, checkpoint, guidance, weight')
+        need(str(name).isidentifier() and name not in ('student', 'default', None),
+             f'teacher name {name!r}: a word of letters, digits and _, and not "student" or "default"')
+        need(names.count(name) == 1, f'two teachers are called {name!r}; give each its own name')
+        need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both a lora and a checkpoint')
+        need(t.get('weight', 1) > 0, f'teacher {name!r}: weight must be more than 0, not {t.get("weight")}')
+        need(name != 'base' or not path, 'the name "base" is the frozen base\'s: give this teacher another')
+        need(not path.startswith(('data/', 'out/', '.', '/', '~')) or Path(path).expanduser().exists(),
+             f'teacher {name!r}: {path} does not exist' + REMAKE * path.startswith('data/shapes'))
+        if t.get('lora') and Path(path).expanduser().exists():
+            merge_lora.read_adapter(path)                              # whole and readable
+    need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: {", ".join(names)}')
+    need(c.routes, 'routes is empty: give at least one dict(teacher=..., data=...)')
+    labels, world, every = [r.get('data') for r in c.routes], int(os.environ.get('WORLD_SIZE', 1)), c.routes_per_step == 'all'
+    for r in c.routes:
+        odd = set(r) - {'teacher', 'data', 'weight', 'samples'}
+        need(not odd, f'route {r}: unknown {sorted(odd)}; known: teacher, data, weight, samples')
+        need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: {", ".join(names)}')
+        need(r.get('weight', 1) > 0, f'route {r.get("data")!r}: weight must be more than 0, not {r.get("weight")}')
+        need('samples' not in r or every, "`samples` in a route needs routes_per_step = 'all'")
+    need(len(set(labels)) == len(labels), f'two routes have the same data; a bucket has one teacher: {labels}')
+    need(not c.cycle or c.routes_per_step == 1, 'cycle needs routes_per_step = 1')
+    need(set(c.cycle) <= set(labels), f'cycle: {sorted(set(c.cycle) - set(labels))} are no bucket of a route')
+    G, B = c.group_size, c.batch_size
+    if every:
+        parts = [r.get('samples', B // len(labels)) for r in c.routes]
+        need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples add up to {sum(parts)}: set batch_size to that')
+        need(all(p > 0 and p % G == 0 for p in parts), f'the routes\' samples {parts} must be multiples of group_size {G}')
+    unit = G * world * c.updates
+    need(B % unit == 0, f'batch_size = {B} does not divide into {world} processes x {c.updates} updates x groups of {G}; the '
+                        f'nearest that does is {max(unit, round(B / unit) * unit)}')
+    if c.score:
+        load_function(c.score)
+    d = check_data(c, labels, c.states == 'data')
+    sourced = [r['teacher'] for r in c.routes if d.buckets[r['data']][0]['source_image']]
+    need(c.mixing == 'hard' or not sourced or len(sourced) == len(labels), "mixing = 'soft' needs routes that all edit, or none")
+    return d
+
+
+def derived(c, d):
+    """The table before step 0: what follows from the settings. Forwards count guidance twice."""
+    two, world = lambda w: 1 if w == 1 else 2, int(os.environ.get('WORLD_SIZE', 1))
+    cost = {t['name']: two(t.get('guidance', 1.0)) for t in c.teachers}
+    asked = list(cost) if c.mixing == 'soft' else [r['teacher'] for r in c.routes]
+    teacher = sum(cost[t] for t in asked) / (1 if c.mixing == 'soft' else len(asked))
+    n, roll, learn = c.steps - c.drop_last, two(c.rollout_guidance), two(c.student_guidance)
+    if c.method == 'danceopd':
+        line = torch.linspace(1, 0, c.steps + 1)                       # the schedule's shape hardly matters here
+        last = [draw_indices(rng('mean', i), c.queries, line, c.query, c.query_space, i, 512)[-1] for i in range(512)]
+        forwards = sum(last) / 512 * dict(student=roll, teacher=teacher, data=0)[c.states] + c.queries * (teacher + learn)
+    else:
+        shared = c.method == 'diffusionopd' and c.rollout_guidance == c.student_guidance
+        forwards = n * (teacher + learn + (0 if shared else roll))
+    size, group = c.batch_size, f' in groups of {c.group_size}' if c.group_size > 1 else ''
+    yield 'model', f'{c.model} ({d.family or "its family is read when it is fetched"}), {d.height} x {d.width} pixels'
+    yield 'method', f'{c.method}, {c.steps} steps, ' + (f'SDE {c.sde} {c.eta}' if c.eta else 'ODE') + f', from {c.init_from}'
+    yield 'samples a step', f'{size}{group}; {size // world} on each of {world} process(es), {c.micro_batch} a forward'
+    yield 'forwards a step', f'{forwards * size:.0f}, {forwards:.1f} a sample, teachers included'
+    yield 'updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts'
+    for r in c.routes:
+        part = f'{r.get("samples", size // len(c.routes))} a step' if c.routes_per_step == 'all' else f'weight {r.get("weight", 1)}'
+        yield f'route {r["data"]}', f'teacher {r["teacher"]}, {len(d.buckets[r["data"]])} rows, {part}'
+
+
+def main(argv):
+    c = configure(SETTINGS, argv)
+    d = check(c)
+    for name, text in derived(c, d) if os.environ.get('RANK', '0') == '0' else ():
+        print(f'{name:22s} {text}')
+    if c.dry_run:
+        return print('dry run: settings and data are fine')
+    by_name, labels = {t['name']: t for t in c.teachers}, d.labels
+
+    def plan_at(run, step):
+        """This process's samples of a step, with their teacher and query indices."""
+        todo = run.mine(step, c.routes, c.routes_per_step, c.cycle)
+        for s in todo:
+            s.teacher = c.routes[s.route]['teacher']
+            s.queries = draw_indices(rng(c.seed, step, s.number, 'query'), c.queries, sigmas, c.query, c.query_space, s.slot, s.of)
+        return todo
+
+    def merged(models):
+        """init_from = 'merge': the mean of the teachers' deltas by route weight (the base's delta is left out)."""
+        if c.init_from == 'base':
+            return None
+        weights = {r['teacher']: r.get('weight', 1.0) for r in c.routes if by_name[r['teacher']].get('lora')}
+        need(weights, "init_from = 'merge' needs a route to a teacher that is a LoRA")
+        parts = [models.fit(merge_lora.read_adapter(by_name[n]['lora']), n) for n in weights]
+        return merge_lora.merge(parts, [w / sum(weights.values()) for w in weights.values()])
+
+    run = Run(c, d, c.teachers, merged, plan_at, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
+    models, student, say = run.models, run.student, run.say
+    sigmas = run.field.sigmas(c.steps, d.height, d.width).to(run.world.device)
+    say(f'{"student":22s} rank {c.rank} on {len(student.names)} layers: {sum(p.numel() for p in student.params.values()):,} numbers')
+    for name, size in models.cost.items():
+        say(f'{"teacher " + name:22s} {size / 1e9:.4f} GB')
+
+    def target(todo, z, s, cond, empty):
+        """The velocity that each sample's teacher would have had there; softly mixed, the mean of all teachers'."""
+        def one(t, k):
+            return models.velocity(t['name'], z[k], s[k], [cond[i] for i in k], [empty[i] for i in k], t.get('guidance', 1.0))
+        with torch.no_grad():
+            if c.mixing == 'soft':
+                w = [t.get('weight', 1.0) for t in c.teachers]
+                return sum(a * one(t, list(range(len(todo)))) for a, t in zip(w, c.teachers)) / sum(w)
+            v = torch.empty_like(z)
+            for name in dict.fromkeys(x.teacher for x in todo):
+                k = [i for i, x in enumerate(todo) if x.teacher == name]
+                v[k] = one(by_name[name], k)
+            return v
+
+    for t in c.teachers:                                               # a teacher that does nothing is a mistake
+        if t.get('lora') or t.get('checkpoint'):
+            row = run.eval_rows[next((r['data'] for r in c.routes if r['teacher'] == t['name']), labels[0])][0]
+            cond, empty, z, _ = run.begin([SimpleNamespace(data=row, noise=torch_rng(0))], c.steps)
+            with torch.no_grad():
+                same = torch.equal(*(models.velocity(w, z, sigmas[:1], cond) for w in (t['name'], 'base')))
+            need(not same, f'teacher {t["name"]!r} has the velocity of the base: its weights do nothing')
+
+    def anchored(total, v, z, s, cond, empty, weights):
+        """MAR: the same weighted error to a frozen, task-agnostic anchor."""
+        if not c.anchor:
+            return total
+        with torch.no_grad():
+            v_a = models.velocity(c.anchor, z, s, cond, empty, c.student_guidance)
+        return total + c.anchor_beta * (weights * velocity_error(v, v_a)).sum()
+
+    def learn(todo, k, z, i, cond, empty, weigh):
+        """Teacher and student at states z with step numbers i: the weighted error, and backward."""
+        some, cond, empty = [todo[j] for j in k], [cond[j] for j in k], [empty[j] for j in k]
+        s, share = sigmas[i], torch.tensor([x.share for x in some], device=z.device)
+        v_t = target(some, z, s, cond, empty)
+        v = models.velocity('student', z, s, cond, empty, c.student_guidance)
+        w = weigh(s, sigmas[i + 1])
+        loss = w * velocity_error(v, v_t)
+        anchored((share * loss).sum(), v, z, s, cond, empty, share * w).backward()
+        run.note(some, loss=loss.detach(), sigma=s, gap=relative_gap(v.detach(), v_t))
+        return v.detach()
+
+    def danceopd(todo):
+        """K states of each rollout, of mixed sigma, learned together. Weight 1."""
+        cond, empty, z, velocity = run.begin(todo, c.steps, c.rollout_guidance)
+        if c.states == 'teacher':
+            velocity = lambda z, s, a: target([todo[j] for j in a], z, s, [cond[j] for j in a], [empty[j] for j in a])
+        if c.states == 'data':
+            x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in todo]))
+            found = [(j, i, (1 - sigmas[i]) * x0[j] + sigmas[i] * z[j]) for j, s in enumerate(todo) for i in s.queries]
+        else:
+            walk = rollout(velocity, z, sigmas, [s.queries[-1] for s in todo], c.eta, c.sde, [s.draws for s in todo])
+            found = [(j, i, x) for i, alive, zs in walk for j, x in zip(alive, zs) if i in todo[j].queries]
+        for at in range(0, len(found), c.micro_batch):
+            j, i, x = zip(*found[at:at + c.micro_batch])
+            learn(todo, j, torch.stack(x), torch.tensor(i, device=z.device), cond, empty,
+                  lambda s, t: torch.full_like(s, 1 / c.queries))
+
+    def diffusionopd(todo):
+        """Every state, weighted by the step's KL, backward as it comes by: memory does not grow with the steps."""
+        cond, empty, z, velocity = run.begin(todo, c.steps, c.rollout_guidance)
+        n = c.steps - c.drop_last
+        walk = rollout(velocity, z, sigmas, [n] * len(todo), c.eta, c.sde, [s.draws for s in todo])
+        i, alive, z = next(walk)
+        while i < n:
+            v = learn(todo, alive, z, torch.full((len(z),), i, device=z.device), cond, empty,
+                      lambda s, t: kl_weight(s, t, c.eta, c.sde, c.kl_var) / n)
+            i, alive, z = walk.send(v if c.rollout_guidance == c.student_guidance else None)
+
+    def flowopd(todo):
+        """Policy gradient of the same KL, step by step, on trajectories drawn with the weights as they were."""
+        n, size = c.steps - c.drop_last, max(1, c.micro_batch // c.group_size) * c.group_size
+        parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
+        rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance) for x in run.chunks(p, size)] for p in parts]
+        for t in itertools.chain(*rolled):
+            t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo)), t.cond, t.empty) for i in range(n)]
+        for part in rolled:
+            for t, i in itertools.product(part, range(n)):
+                v, logp, z, s, s_next = run.policy(t, i)
+                w, share = kl_weight(s, s_next, c.eta, c.sde, c.kl_var), torch.tensor([x.share for x in t.todo], device=z.device)
+                kl, logp_t = w * velocity_error(v, t.v_t[i]), run.policy(t, i, t.v_t[i])[1]
+                reward = flowopd_reward(c.reward, logp_t, t.logp[i], kl.detach())
+                advantage = group_advantage(reward, c.group_size, c.adv_clip)
+                loss, ratio = flowopd_loss(logp, t.logp[i], kl, advantage, c.reward, c.clip_range, c.adv_clip)
+                share = share * c.updates / n
+                anchored((share * loss).sum(), v, z, s, t.cond, t.empty, share * w).backward()
+                off = (ratio - 1).abs()
+                run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]), ratio_off=off,
+                         clipped=(off > c.clip_range).float())
+            run.apply()
+
+    def gap_of(label, tensors):
+        """Mean relative gap to the teacher on held-out rows, at states spread evenly over the student's own rollouts."""
+        rows, teacher, gaps = run.eval_rows[label][:c.eval_samples], c.routes[labels.index(label)]['teacher'], []
+        todo = [SimpleNamespace(data=r, teacher=teacher, index=i * c.steps // len(rows), noise=torch_rng(c.seed, 'gap', label, i))
+                for i, r in enumerate(rows)][run.world.rank::run.world.size]
+        for some in run.chunks(todo, c.micro_batch):
+            with torch.no_grad(), student.wearing(tensors):
+                cond, empty, z, velocity = run.begin(some, c.steps, c.rollout_guidance)
+                for i, alive, z in rollout(velocity, z, sigmas, [s.index for s in some], c.eta, c.sde, [s.noise for s in some]):
+                    for x, j in ((x, j) for x, j in zip(z, alive) if some[j].index == i):
+                        s = sigmas[i][None]
+                        v = models.velocity('student', x[None], s, [cond[j]], [empty[j]], c.student_guidance)
+                        gaps += relative_gap(v, target([some[j]], x[None], s, [cond[j]], [empty[j]])).tolist()
+        gaps = gather(run.world, gaps)
+        return sum(gaps) / len(gaps)
+
+    def pictures(who, label, n, tensors=None):
+        w = c.rollout_guidance if who == 'student' else by_name.get(who, {}).get('guidance', 1.0)
+        return run.render(who, label, run.eval_rows[label][:n], c.sample_steps, w, tensors)
+
+    still = {}                                                         # pictures that do not change
+
+    def evaluate(step):
+        """Gap by route, and the picture: source, teacher, the student at the start, the student now."""
+        gaps, lines, names = {k: gap_of(k, student.ema) for k in labels}, [], []
+        for r in c.routes:
+            k, rows = r['data'], run.eval_rows[r['data']][:c.show]
+            if k not in still:
+                still[k] = [load_image(x['source_image'], d.height, d.width) / 2 + 0.5 if x['source_image'] else None for x in rows], \
+                    pictures(r['teacher'], k, c.show), pictures('student', k, c.show, run.start)
+            lines += zip(*still[k], pictures('student', k, c.show, student.ema))
+            names += [f'{k}: {x["prompt"]}' for x in rows]
+        if run.world.rank == 0:
+            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names, ['source', 'teacher', 'student at start', 'student now'])
+        run.record(dict(step=step, **{f'gap/{k}': g for k, g in gaps.items()}))
+        return gaps
+
+    before = evaluate(run.first)
+    for todo in run.steps(evaluate):
+        if c.method == 'flowopd':
+            flowopd(todo)
+        else:
+            for some in run.chunks(todo, c.micro_batch):
+                (danceopd if c.method == 'danceopd' else diffusionopd)(some)
+            run.apply()
+    after = evaluate(c.max_steps)
+
+    table, judge = {k: dict(gap_before=before[k], gap_after=after[k]) for k in labels}, c.score and load_function(c.score)
+    for r in c.routes if c.score else ():
+        k, rows = r['data'], run.eval_rows[r['data']][:c.score_samples]
+        for name, who, tensors in (('base', 'base', None), ('teacher', r['teacher'], None), ('start', 'student', run.start),
+                                   ('student', 'student', student.ema)):
+            table[k][name] = score_mean(judge(pictures(who, k, len(rows), tensors), rows))
+    if run.world.rank == 0:
+        curve(run.history, run.out / 'loss.png', ['loss', 'gap', *(f'gap/{k}' for k in labels)])
+    run.table(table)
+
+
+if __name__ == '__main__':
+    configurator.run(main)

@@ -1,0 +1,367 @@
+"""
+Makes a LoRA teacher: by imitation, or by reward. The first half of the recipe; train_opd.py is the second.
+
+    python train_teacher.py config/teacher_shapes_grpo.py            a taste, learned from a reward, on a CPU
+    python train_teacher.py config/teacher_sd35_edit_sft.py          edit pairs
+    torchrun --nproc_per_node=8 train_teacher.py config/teacher_sd35_grpo.py
+    python train_teacher.py CONFIG --init_from=resume                continues the run
+
+    method = 'sft'    flow matching on pictures with prompts, or on edit pairs (how DanceOPD's edit teachers are made)
+    method = 'grpo'   DanceGRPO (2505.07818) and, by two settings, Flow-GRPO (2505.05470)
+    method = 'sdpo'   Stepwise Diffusion Policy Optimization (2411.11727), for models of few steps
+
+The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='out/...')]) and a checkpoint for
+sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out on purpose:
+value networks, reward models trained along the way, full fine-tuning.
+"""
+import itertools, json, math, os, sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import torch
+
+import configurator
+import rewards
+import train_opd
+from configurator import collect, configure
+from files import curve, grid, load_function, load_image
+from train_opd import (Run, check_data, check_settings, gather, group_advantage, kl_weight, need, ppo_loss, rng, sample,
+                       score_mean, text_key, torch_rng, velocity_error)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. Those that train_opd.py has too (model, LoRA, optimiser, output) are taken from there, and overridden here.
+method = 'sft'
+data: list = ['data/shapes/t2i.csv']
+eval_data: list = ['data/shapes/t2i_val.csv']
+init_from = 'base'                  # or an adapter, or 'resume'
+rank = 16
+alpha = 32.0
+lora_targets: list | None = None    # None: the family's
+# imitation
+sigmas = 'logit_normal'             # or 'uniform': where on the family's own schedule the noise levels are drawn
+prompt_dropout = 0.0                # share of samples that see the empty prompt, so that guidance works afterwards
+# rollouts of grpo and sdpo
+steps = 8                           # DanceGRPO 16, Flow-GRPO 10, SDPO 2 to 4
+sde = 'dance'                       # DanceGRPO 'dance' with eta 0.3, Flow-GRPO 'flow' with 0.7
+eta = 0.3
+guidance = 1.0                      # of the policy (Flow-GRPO 4.5)
+group_size = 1                      # samples of one prompt (DanceGRPO 12, Flow-GRPO 24); sdpo has pairs by nature: 2
+same_noise = True                   # a group starts from one noise (DanceGRPO) or from many (Flow-GRPO)
+drop_last = True                    # the last step is taken without noise and not trained
+timestep_fraction = 0.6             # share of the steps that are trained, drawn anew each time (grpo)
+clip_range = 1e-4
+adv_clip = 5.0
+global_std = False                  # divide advantages by the standard deviation of the whole batch instead
+best_of = 0                         # train only on the best and worst, so many of each group (0: all)
+updates = 1                         # optimizer steps a rollout; for sdpo the shuffled steps are dealt among them
+kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04)
+gamma = 0.99                        # sdpo: discount of later rewards, and weight of later steps
+buffer = 32                         # sdpo: returns remembered a prompt and step; used from 16 on
+# rewards: reward is a name of rewards.py, a URL, or file.py:function; each is normalised before they are added
+reward: list = [dict(reward='shapes_smooth', weight=1.0)]
+watch_reward = ''                   # one more, only looked at: does it fall while the others rise?
+# optimiser and output
+max_steps = 300
+batch_size = 32
+micro_batch = 32
+lr = 2e-3
+lr_schedule = 'cosine'
+warmup = 20
+ema_decay = 0.98
+out_dir = 'out/teacher'
+sample_steps = 16
+score = ''                          # file.py:function; looked at in evaluations, never trained on
+eval_samples = 64
+OWN = collect(sys.modules[__name__])
+SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in train_opd.DISTILLATION}, **own}
+                 for shared, own in zip(train_opd.SETTINGS, OWN))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics: pure functions
+
+def draw_sigma(schedule, r, kind):
+    """A noise level from the family's own schedule (a fine one, falling): time uniform, or logit-normal around its
+    middle. With a shift of 3 that is sigmoid(N(0, 1) + ln 3)."""
+    u = r.random() if kind == 'uniform' else 1 / (1 + math.exp(-r.gauss(0, 1)))
+    return schedule[min(int((1 - u) * (len(schedule) - 1)), len(schedule) - 2)]
+
+
+def combined_advantage(values, weights, group, clip=5.0, global_std=False):
+    """Several rewards: each normalised within its group, then added by weight, so that no scale wins. Also which groups
+    are alive: one whose rewards are all equal teaches nothing and is skipped."""
+    parts = [group_advantage(v, group, clip, global_std) for v in values]
+    total = sum(w * a for w, a in zip(weights, parts)).clamp(-clip, clip)
+    return total, total.view(-1, group).abs().amax(1) > 0
+
+
+def extremes(advantage, group, keep):
+    """Which samples a best-of-N selection keeps: the best and the worst of each group, `keep` in all."""
+    order = advantage.view(-1, group).argsort(1)
+    chosen = torch.cat([order[:, :keep // 2], order[:, group - (keep - keep // 2):]], 1)
+    return torch.zeros(len(order), group, dtype=torch.bool).scatter(1, chosen, True).view(-1)
+
+
+def interpolate(x0, queried, values):
+    """SDPO's rewards of all steps (n, B) from those asked for at `queried` (k, B): the mean of these, weighted by the
+    cosine similarity of each step's predicted picture x0 (n, B, ...) to the queried ones."""
+    f = torch.nn.functional.normalize(x0.flatten(2), dim=2)
+    b = torch.arange(x0.shape[1])
+    w = torch.stack([(f * f[q, b]).sum(2) for q in queried]).clamp_min(0)              # (k, n, B)
+    r = (w * values[:, None]).sum(0) / w.sum(0).clamp_min(1e-8)
+    for q, v in zip(queried, values):                                  # what was asked for is known
+        r[q, b] = v
+    return r
+
+
+def returns(r, gamma):
+    """R_t = r_t + gamma R_{t+1}, over the first dimension."""
+    out = r.clone()
+    for i in range(len(r) - 2, -1, -1):
+        out[i] += gamma * out[i + 1]
+    return out
+
+
+def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
+    """(w [(log p1 - log p1_old) - (log p2 - log p2_old)] - (A1 - A2))^2 for pairs in neighbouring places: the larger of
+    this and the same with log-probabilities clipped to +-clip_range of the old ones. One number a pair."""
+    def square(change):
+        return (weight[0::2] * (change[0::2] - change[1::2]) - (advantage[0::2] - advantage[1::2])) ** 2
+    change = logp - logp_old
+    return torch.maximum(square(change), square(change.clamp(-clip_range, clip_range)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def check(c):
+    check_settings(c, dict(
+        method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'), sde=('flow', 'dance', 'cps'),
+        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')), {
+        '1': 'max_steps batch_size micro_batch rank steps group_size updates sample_steps encode_every save_every eval_every '
+             'log_every ckpt_keep eval_samples max_bad_steps ema_every show buffer',
+        '0': 'weight_decay grad_clip ema_decay warmup cache_gb kl_beta best_of prompt_dropout gamma',
+        'above 0': 'lr alpha clip_range adv_clip eta timestep_fraction'})
+    rl, G, world = c.method != 'sft', c.group_size, int(os.environ.get('WORLD_SIZE', 1))
+    need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 (DanceGRPO: 12)')
+    need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set group_size = 2')
+    need(c.method != 'sdpo' or c.same_noise, 'same_noise = False: SDPO\'s pairs start from one noise')
+    need(c.method != 'sdpo' or c.updates <= c.steps, f'updates = {c.updates}: at most one for each of the {c.steps} steps')
+    need(c.timestep_fraction <= 1 and c.prompt_dropout <= 1, 'timestep_fraction and prompt_dropout are shares, at most 1')
+    need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
+    need(not (c.method == 'grpo' and c.drop_last and c.steps < 2), 'drop_last leaves nothing of a rollout of one step')
+    need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = True")
+    need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an adapter")
+    unit = G * world * (c.updates if c.method == 'grpo' else 1)
+    need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x groups of {G} x '
+         f'updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
+    need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
+    for r in c.reward if rl else ():
+        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and 'reward' in r, f'reward {r!r}: a dict(reward=..., weight=...)')
+        need(r.get('weight', 1.0) > 0, f'reward {r["reward"]!r}: weight must be more than 0')
+    if c.score:
+        load_function(c.score)
+    return check_data(c, [], need_target=not rl)
+
+
+def main(argv):
+    c = configure(SETTINGS, argv)
+    d = check(c)
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{c.method} on {c.model}, {d.height} x {d.width} pixels, {c.batch_size} samples a step' +
+              (f' in groups of {c.group_size}, {c.steps} steps of {c.sde} {c.eta}' if c.method != 'sft' else ''))
+        for k, b in d.buckets.items():
+            print(f'bucket {k:20s} {len(b)} rows, {len(d.held[k])} to evaluate on')
+    if c.dry_run:
+        return print('dry run: settings and data are fine')
+    routes = [dict(data=k, weight=float(len(b))) for k, b in d.buckets.items()]
+    plan_at = lambda run, step: run.mine(step, routes, same_noise=c.same_noise and c.method != 'sft')
+    run = Run(c, d, init=lambda models: None, plan=plan_at, eval_rows=max(c.eval_samples, c.show))
+    student, models, device = run.student, run.models, run.world.device
+    judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward if c.method != 'sft']
+    watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
+    memory = {(p, i): deque(v, c.buffer) for p, i, v in run.state}     # sdpo's returns by prompt and step
+    count = dict(groups=0, skipped_groups=0)
+    path = run.field.sigmas(c.steps, d.height, d.width).to(device)
+    fine = run.field.sigmas(1000, d.height, d.width)
+
+    def ask_rewards(images, rows):
+        """All rewards of some pictures, one list each."""
+        return [torch.tensor(rewards.checked(name, f, images, rows, run.out)) for name, f, _ in judges]
+
+    def flow_matching(todo, step, backward=True):
+        """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
+        total = []
+        for some in run.chunks(todo, c.micro_batch):
+            cond, empty = run.prompts.conditions([s.data for s in some], d.height, d.width)
+            cond = [e if backward and rng(c.seed, step, s.number, 'drop').random() < c.prompt_dropout else x
+                    for s, x, e in zip(some, cond, empty)]
+            sigma = torch.stack([draw_sigma(fine, rng(c.seed, step, s.number, 'sigma'), c.sigmas) for s in some]).to(device)
+            with torch.no_grad():
+                x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in some]))
+            eps, s = run.noise(some), train_opd.col(sigma)
+            v = models.velocity('student', (1 - s) * x0 + s * eps, sigma, cond)
+            loss = velocity_error(v, eps - x0)
+            if backward:
+                (loss * torch.tensor([x.share for x in some], device=device)).sum().backward()
+                run.note(some, loss=loss.detach(), sigma=sigma)
+            total += loss.tolist()
+        return total
+
+    def near_base(t, v, z, s, s_next):
+        """KL(student step || base step), one number a sample; nothing where it is not asked for."""
+        if not c.kl_beta:
+            return torch.zeros(len(z), device=z.device)
+        with torch.no_grad():
+            v_base = models.velocity('base', z, s, t.cond, t.empty, c.guidance)
+        return kl_weight(s, s_next, c.eta, c.sde) * velocity_error(v, v_base)
+
+    def rolled(todo, n):
+        """Trajectories with their final latents. Rewards are asked for in a thread, while the next chunk is sampled."""
+        size = max(1, c.micro_batch // c.group_size) * c.group_size
+        for some in run.chunks(todo, size):
+            t = run.trajectory(some, path, n, c.eta, c.sde, c.guidance)
+            with torch.no_grad():
+                z, s = t.z[-1], path[n].expand(len(some))
+                t.x0 = z if n == c.steps else z - path[n] * models.velocity('student', z, s, t.cond, t.empty, c.guidance)
+            yield t
+
+    def grpo(todo, step):
+        """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
+        n = c.steps - c.drop_last
+        parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
+        with ThreadPoolExecutor(1) as pool, torch.no_grad():
+            jobs = [[(t, pool.submit(ask_rewards, run.field.decode(t.x0), [s.data for s in t.todo])) for t in rolled(p, n)]
+                    for p in parts]
+            got = [[(t, job.result()) for t, job in part] for part in jobs]
+        trained = sorted(rng(c.seed, step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction))))
+        for part in got:
+            for t, values in part:
+                total = sum(w * v for (_, _, w), v in zip(judges, values))
+                run.note(t.todo, reward=total, **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
+                advantage, alive = combined_advantage(values, [w for _, _, w in judges], c.group_size, c.adv_clip, c.global_std)
+                count['groups'] += len(alive)
+                count['skipped_groups'] += len(alive) - int(alive.sum())
+                use = alive.repeat_interleave(c.group_size)
+                use &= extremes(advantage, c.group_size, c.best_of) if c.best_of else True
+                if not use.any():
+                    continue
+                t, advantage = pick(t, use), advantage[use].to(device)
+                share = torch.tensor([s.share for s in t.todo], device=device) * c.updates / len(trained)
+                share *= c.group_size / c.best_of if c.best_of else 1
+                for i in trained:
+                    v, logp, z, s, s_next = run.policy(t, i)
+                    loss, ratio = ppo_loss(logp, t.logp[i], advantage, c.clip_range)
+                    kl = near_base(t, v, z, s, s_next)
+                    (share * (loss + c.kl_beta * kl)).sum().backward()
+                    off = (ratio - 1).abs()
+                    run.note(t.todo, loss=loss.detach(), sigma=s, kl=kl.detach(), ratio_off=off, clipped=(off > c.clip_range).float())
+            run.apply()
+
+    def pick(t, use):
+        """Some samples of a trajectory."""
+        k = use.nonzero().flatten().tolist()
+        return SimpleNamespace(**{**vars(t), 'todo': [t.todo[j] for j in k], 'cond': [t.cond[j] for j in k],
+                                  'empty': [t.empty[j] for j in k], 'z': t.z[:, k], 'v': t.v[:, k], 'logp': t.logp[:, k]})
+
+    def sdpo(todo, step):
+        """Two trajectories from one noise, rewards along the way, and the difference loss on shuffled steps."""
+        n = c.steps - (c.drop_last and c.steps > 1)
+        ts, all_returns = [], []
+        with ThreadPoolExecutor(1) as pool, torch.no_grad():
+            for t in rolled(todo, n):
+                # dual states: after each step the noisy latent, and the clean picture predicted from it. (The prediction
+                # from the common first noise is the same for both of a pair and cannot tell them apart.)
+                later = [t.z[i] - path[i] * t.v[i] for i in range(1, n)]
+                t.clean = torch.stack([*later, t.x0])
+                B, steps_ = len(t.todo), len(t.clean)
+                middle = [rng(c.seed, step, s.group, 'anchor').randrange(1, steps_ - 1) if steps_ > 2 else 0 for s in t.todo]
+                asked = [torch.zeros(B, dtype=torch.long), torch.tensor(middle), torch.full((B,), steps_ - 1)]
+                t.asked = [q for k, q in enumerate(asked) if (k < 1 or steps_ > 1) and (k != 1 or steps_ > 2)]
+                rows = [s.data for s in t.todo] * len(t.asked)
+                pictures = run.field.decode(torch.cat([t.clean[q, torch.arange(B)] for q in t.asked]))
+                ts.append((t, pool.submit(ask_rewards, pictures, rows)))
+            for t, job in ts:
+                k = len(t.asked)
+                values = [v.view(k, -1).to(device) for v in job.result()]
+                mixed = sum(w * v for (_, _, w), v in zip(judges, values)) / sum(w for _, _, w in judges)
+                run.note(t.todo, reward=mixed[-1], **{f'reward/{name}': v[-1] for (name, _, _), v in zip(judges, values)})
+                t.returns = returns(interpolate(t.clean, t.asked, mixed), c.gamma)
+                all_returns += [(s.number, s.data['prompt'], t.returns[:, j].tolist()) for j, s in enumerate(t.todo)]
+        everyone = sorted(gather(run.world, all_returns))              # the buffers are the same on all processes
+        for _, prompt, values in everyone:
+            for i, v in enumerate(values):
+                memory.setdefault((prompt, i), deque(maxlen=c.buffer)).append(v)
+        run.state = [(p, i, list(v)) for (p, i), v in memory.items()]
+        batch = torch.tensor([v for _, _, v in everyone])
+        for t, _ in ts:
+            t.advantage = torch.empty_like(t.returns)
+            for j, s in enumerate(t.todo):
+                for i in range(n):
+                    past = memory[s.data['prompt'], i]
+                    past = torch.tensor(list(past)) if len(past) >= 16 else batch[:, i]
+                    t.advantage[i, j] = ((t.returns[i, j].cpu() - past.mean()) / (past.std() + 1e-6)).clamp(-c.adv_clip, c.adv_clip)
+            equal = (t.returns[:, 0::2] == t.returns[:, 1::2]).all(0)
+            count['groups'] += len(equal)
+            count['skipped_groups'] += int(equal.sum())
+            t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n) for s in t.todo]).T
+        for u in range(min(c.updates, n)):
+            for t, _ in ts:
+                for i in (i for k, i in enumerate(t.order) if k * min(c.updates, n) // n == u):
+                    v, logp, z, s, s_next = run.policy(t, i)
+                    b = torch.arange(len(i))
+                    loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(device), c.clip_range)
+                    kl = near_base(t, v, z, s, s_next)
+                    share = torch.tensor([x.share for x in t.todo], device=device) * min(c.updates, n) / n
+                    ((2 * share[0::2] * loss).sum() + c.kl_beta * (share * kl).sum()).backward()
+                    off = (logp - t.logp[i, b]).detach().abs()
+                    run.note(t.todo, loss=loss.detach().repeat_interleave(2), sigma=s, kl=kl.detach(), ratio_off=off,
+                             clipped=(off > c.clip_range).float())
+            run.apply()
+
+    still = {}
+
+    def evaluate(step):
+        """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows whether it is hacked."""
+        result, lines, names = {}, [], []
+        for k in d.labels:
+            rows, base = run.eval_rows[k][:c.eval_samples], None
+            now = run.render('student', k, rows, c.sample_steps, c.guidance, student.ema)
+            if k not in still:
+                still[k] = run.render('base', k, rows[:c.show], c.sample_steps, c.guidance)
+            if c.method == 'sft':
+                todo = [SimpleNamespace(data=r, label=k, number=i, noise=torch_rng(c.seed, 'loss', k, i)) for i, r in enumerate(rows)]
+                with torch.no_grad(), student.wearing(student.ema):
+                    losses = gather(run.world, flow_matching(todo[run.world.rank::run.world.size], 'eval', False))
+                result[f'loss/{k}'] = sum(losses) / len(losses)
+            for name, f, _ in judges + ([('watched', watch, 0)] if watch else []):
+                result[f'{name}/{k}'] = sum(rewards.checked(name, f, now, rows, run.out)) / len(rows)
+            if c.score:
+                result[f'score/{k}'] = score_mean(load_function(c.score)(now, rows))
+            for i, r in enumerate(rows[:c.show]):
+                picture = lambda p: load_image(p, d.height, d.width) / 2 + 0.5 if p else None
+                lines.append([picture(r['source_image']), picture(r['target_image']), still[k][i], now[i]])
+                names.append(f'{k}: {r["prompt"]}')
+        if run.world.rank == 0:
+            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names, ['source', 'target', 'base', 'now'])
+            print(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in result.items()))
+        run.record(dict(step=step, **{f'eval/{k}': v for k, v in result.items()}))
+        return result
+
+    before = evaluate(run.first)
+    for todo in run.steps(evaluate):
+        if c.method == 'sft':
+            flow_matching(todo, run.step)
+            run.apply()
+        else:
+            (grpo if c.method == 'grpo' else sdpo)(todo, run.step)
+            run.extra = dict(count, skipped_share=round(count['skipped_groups'] / max(1, count['groups']), 4))
+    after = evaluate(c.max_steps)
+    if run.world.rank == 0:
+        curve(run.history, run.out / 'loss.png', ['loss', 'reward', 'kl', *(f'eval/{k}' for k in after)])
+    run.table({k: dict(before=before[k], after=after[k]) for k in after}, 'evaluation')
+
+
+if __name__ == '__main__':
+    configurator.run(main)
