@@ -211,7 +211,9 @@ def claim(out, resume, meta):
     """A run folder for a new run, or the checkpoint that is resumed. Refuses to write over another run."""
     last = newest(out)
     if not resume:
-        if last:
+        if last and last.name == 'step_000000':                        # nothing was learned yet: nothing is lost
+            shutil.rmtree(last)
+        elif last:
             raise BadInput(f'{out} holds another run (at {last.name}); continue it with --init_from=resume, or choose '
                            f'another --out_dir')
         return None

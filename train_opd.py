@@ -440,15 +440,18 @@ def check_size(name, configs, height, width, editing):
 
 def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_length=256, distilled_guidance=3.5):
     """A diffusers folder or hub id -> its field, with the weights loaded."""
-    import diffusers
     name, _ = peek(path, family)
+    import transformers
+    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
+    import diffusers
+    diffusers.utils.logging.set_verbosity_error(), diffusers.utils.logging.disable_progress_bar()
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
         name = name or index['_class_name']
         skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index}
         if name not in FAMILIES:
             raise BadInput(f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
-        pipe = getattr(diffusers, name).from_pretrained(path, torch_dtype=dtype, **skip)
+        pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype, **skip)
     except BadInput:
         raise
     except Exception as e:                                             # whatever it was, the person can only refetch
@@ -456,7 +459,8 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
             'download it, or give a local folder; gated models need: hf auth login'
         local += ' (python data/shapes/prepare.py)' if path.startswith('data/shapes') else ''
         raise BadInput(f'model {path} could not be loaded: {local}. It said: {str(e).strip()[:300]}')
-    pipe.vae.to(torch.float32 if name != 'ZImageOmniPipeline' else dtype)
+    if dtype != torch.float32 and name != 'ZImageOmniPipeline':        # Omni's pipeline encodes sources in its own dtype
+        pipe.vae.to(torch.float32)
     return FAMILIES[name](pipe, device, max_sequence_length, distilled_guidance)
 
 
@@ -511,7 +515,7 @@ class Models:
         kind, part = type(self.field.net), self.field.prefix
         try:
             sub = None if (Path(path) / 'config.json').exists() else part
-            net = kind.from_pretrained(path, subfolder=sub, torch_dtype=self.field.net.dtype)
+            net = kind.from_pretrained(path, subfolder=sub, dtype=self.field.net.dtype)
         except Exception as e:
             raise BadInput(f'checkpoint {path} could not be loaded as a {kind.__name__}: give a diffusers folder or hub '
                            f'id of the same family. It said: {str(e).strip()[:300]}')
@@ -897,7 +901,10 @@ class Run:
         settings = {k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')}
         path = lambda t: t.get('lora') or t.get('checkpoint') or c.model
         self.meta = dict(settings=settings, teachers={t['name']: dict(path=path(t), sha256=sha256(path(t))) for t in teachers})
-        last = claim(c.out_dir, c.init_from == 'resume', self.meta)
+        last = claim(c.out_dir, c.init_from == 'resume', self.meta) if world.rank == 0 else None
+        if world.size > 1:
+            dist.barrier()                                             # one process looks after the folder
+            last = newest(c.out_dir) if c.init_from == 'resume' else None
 
         low = {'auto': 'bfloat16' if world.device.type == 'cuda' else 'float32'}.get(c.dtype, c.dtype)
         self.field = field = open_field(c.model, getattr(torch, low), world.device, c.family, c.max_sequence_length,
@@ -1061,7 +1068,7 @@ class Run:
     def steps(self, evaluate):
         """The loop: yields the samples of a step, this process's share; around that the log, evaluations, checkpoints."""
         c, mean = self.c, lambda x: sum(x) / len(x)
-        bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=self.world.rank > 0)
+        bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=True if self.world.rank else None)
         for self.step in bar:
             step, done = self.step, self.step + 1
             if not self.whole and (step == self.first or step % c.encode_every == 0):
@@ -1074,7 +1081,8 @@ class Run:
                 memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
                 entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(step, c), skipped=self.skipped,
                              seconds=round(time.time() - self.t0, 1), memory_gb=round(memory, 2), **self.extra)
-                entry.update({k: mean([n[k] for _, n in notes if k in n]) for k in sorted({k for _, n in notes for k in n})})
+                for k in sorted({k for _, n in notes for k in n}):
+                    entry[k] = (max if k == 'ratio_off' else mean)([n[k] for _, n in notes if k in n])
                 routes = {r: mean([n['gap'] for q, n in notes if q == r and 'gap' in n] or [math.nan]) for r in {q for q, _ in notes}}
                 entry.update({f'train_gap/{r}': g for r, g in routes.items() if g == g})
                 self.record(entry)

@@ -14,7 +14,7 @@ The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='o
 sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out on purpose:
 value networks, reward models trained along the way, full fine-tuning.
 """
-import itertools, json, math, os, sys
+import math, os, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -26,8 +26,8 @@ import rewards
 import train_opd
 from configurator import collect, configure
 from files import curve, grid, load_function, load_image
-from train_opd import (Run, check_data, check_settings, gather, group_advantage, kl_weight, need, ppo_loss, rng, sample,
-                       score_mean, text_key, torch_rng, velocity_error)
+from train_opd import (Run, check_data, check_settings, gather, group_advantage, kl_weight, need, ppo_loss, rng, score_mean,
+                       torch_rng, velocity_error)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Those that train_opd.py has too (model, LoRA, optimiser, output) are taken from there, and overridden here.
@@ -326,11 +326,11 @@ def main(argv):
         """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows whether it is hacked."""
         result, lines, names = {}, [], []
         for k in d.labels:
-            rows, base = run.eval_rows[k][:c.eval_samples], None
+            rows = run.eval_rows[k][:c.eval_samples]
             now = run.render('student', k, rows, c.sample_steps, c.guidance, student.ema)
             if k not in still:
                 still[k] = run.render('base', k, rows[:c.show], c.sample_steps, c.guidance)
-            if c.method == 'sft':
+            if c.method == 'sft' and all(r['target_image'] for r in rows):
                 todo = [SimpleNamespace(data=r, label=k, number=i, noise=torch_rng(c.seed, 'loss', k, i)) for i, r in enumerate(rows)]
                 with torch.no_grad(), student.wearing(student.ema):
                     losses = gather(run.world, flow_matching(todo[run.world.rank::run.world.size], 'eval', False))
