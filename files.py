@@ -172,6 +172,7 @@ def curve(log, path, keys, size=(640, 320)):
 def sha256(path):
     """Of a file, or of all the weight files of a folder; '' where there is nothing of that name here."""
     path, h = Path(path), hashlib.sha256()
+    path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)   # of a pipeline, the denoiser
     for f in [path] if path.is_file() else sorted(path.rglob('*.safetensors')):
         with open(f, 'rb') as g:
             while part := g.read(1 << 22):

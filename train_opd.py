@@ -5,15 +5,15 @@ A student samples with its own current weights. At states z_sigma that it visite
 that sample (a skill, an edit, a style, guidance itself) says which velocity it would have had; the student learns it.
 Several specialists become one model. Student and LoRA teachers are adapters on one frozen base.
 
-    python train_opd.py                                        the demonstration: shapes world, CPU, about ten minutes
-    python train_opd.py config/sd35_edit.py --lr=1e-4          one GPU; a config file, then single settings
+    python train_opd.py                                        the demonstration: shapes, CPU, about ten minutes
+    python train_opd.py config/sd35_edit.py --lr=1e-4          one GPU: a config file, then single settings
     torchrun --nproc_per_node=8 train_opd.py config/sd35_edit.py
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train_opd.py config/sd35_edit.py
     python train_opd.py config/sd35_edit.py --dry_run          checks settings and data, loads nothing
-    python train_opd.py config/sd35_edit.py --init_from=resume continues where the run folder's latest checkpoint is
+    python train_opd.py config/sd35_edit.py --init_from=resume
 
-Left out on purpose: full fine-tuning (a LoRA student shares its base with every teacher), FSDP (the base is frozen:
-each GPU holds one copy), step distillation and adversarial losses (another subject), RL from rewards (train_teacher.py).
+Left out on purpose: full fine-tuning (a LoRA student shares its base with every teacher), FSDP (the base is frozen),
+step distillation, adversarial losses; learning from rewards is train_teacher.py's.
 One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 """
 import contextlib, copy, glob, itertools, json, math, os, random, resource, signal, sys, time
@@ -28,10 +28,12 @@ from tqdm import tqdm
 import configurator
 import merge_lora
 from configurator import BadInput, collect, configure
-from files import (check_rows, claim, curve, grid, load_function, load_image, newest, read_data, save_checkpoint, sha256)
+from files import (check_rows, claim, curve, grid, load_function, load_image, newest, read_data, save_checkpoint,
+                   sha256)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: these are the demonstration's. A config file or --key=value overrides them; only main() reads them.
+# ------------------------------------------------------------------------------------------------------------
+# Settings: these are the demonstration's. A config file or --key=value overrides them; only the last two rooms,
+# the run and the training, read them. In brackets the papers' values.
 # model
 model = 'data/shapes/base'          # diffusers folder or hub id
 family = ''                         # '' reads it from model_index.json; else one of FAMILIES below
@@ -40,67 +42,68 @@ device = ''                         # '' takes a GPU if there is one
 resolution: int | list = 24         # pixels: one number, or [height, width]
 max_sequence_length = 256           # text tokens, at most what the tokenizer allows
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5); other families have none
-# teachers: lora and checkpoint both None is the frozen base. `weight` counts in mixing = 'soft'
+# teachers: lora and checkpoint both None is the frozen base; guidance 1.0 is none; weight: for mixing = 'soft'
 teachers = [
     dict(name='base'),
     dict(name='count', lora='data/shapes/teachers/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
     dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
 teacher_offload = False             # keep full-checkpoint teachers on the CPU between uses
-# routes: which teacher answers for which bucket of the data; `samples` where routes share a step in unequal parts
+# routes: which teacher answers for which bucket; weight, or samples where routes share a step in unequal parts
 routes = [
     dict(teacher='base', data='t2i', samples=4),
     dict(teacher='count', data='count', samples=4),
     dict(teacher='local_edit', data='local_edit', samples=16),
     dict(teacher='global_edit', data='global_edit', samples=10)]
-routes_per_step: int | str = 'all'  # 1: one route a step (DanceOPD); 'all': each in every step (DiffusionOPD); 'sample'
+routes_per_step: int | str = 'all'  # 1: one route a step (DanceOPD); 'all' (DiffusionOPD); 'sample': each its own
 cycle: list = []                    # with 1: a fixed order of buckets, as ['ocr', 'geneval', 'geneval', 'geneval']
-mixing = 'hard'                     # 'soft': every sample's target is the weighted mean of all teachers (ablation)
+mixing = 'hard'                     # 'soft': each target is the weighted mean of all teachers' (ablation)
+# data: CSV, JSONL or TXT; a row's bucket is its `task`, else the file's name. Held-out files: same names, or + _val
 data: list = ['data/shapes/t2i.csv', 'data/shapes/count.csv', 'data/shapes/local_edit.csv',
-              'data/shapes/global_edit.csv']  # CSV, JSONL or TXT; rows go to the bucket `task`, else the file's name
+              'data/shapes/global_edit.csv']
 eval_data: list = ['data/shapes/t2i_val.csv', 'data/shapes/count_val.csv', 'data/shapes/local_edit_val.csv',
-                   'data/shapes/global_edit_val.csv']  # held out, same buckets; [] evaluates on the training rows
-cache_gb = 4.0                      # prompts' embeddings kept in memory; more than fit are encoded chunk by chunk
+                   'data/shapes/global_edit_val.csv']   # a bucket that has none is evaluated on its training rows
+cache_gb = 4.0                      # embeddings kept in memory; if not all prompts fit, chunk by chunk
 encode_every = 50                   # steps whose prompts are encoded in one visit of the text encoders
 # student
 init_from = 'merge'                 # 'base', 'merge' (mean of the teachers' deltas), 'resume', or an adapter
 rank = 32                           # of the LoRA (DanceOPD 128, DiffusionOPD 32)
 alpha = 32.0                        # its scale is alpha / rank (DanceOPD 128, DiffusionOPD 64)
-lora_targets: list | None = None    # module names or endings; None: the initial adapters' modules, else the family's
+lora_targets: list | None = None    # layers or endings; None: the starting adapter's, else the family's
 # rollout
 steps = 8                           # Euler steps of the student's rollout (DanceOPD 16, DiffusionOPD 10)
-eta = 0.0                           # 0: ODE; noise of the SDE (Flow-OPD: flow, 0.7)
+eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OPD 0.7)
 sde = 'flow'                        # 'flow', 'dance', 'cps'
 rollout_guidance = 1.0              # classifier-free guidance while rolling out; 1.0 is none, in every family
 student_guidance = 1.0              # and in the loss; each teacher has its own
 states = 'student'                  # off-policy ablations: 'data' (noised target images), 'teacher' (its rollouts)
 # method
 method = 'danceopd'                 # 'danceopd', 'diffusionopd', 'flowopd'
-queries = 1                         # K states of a rollout that are learned from (danceopd)
-query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), 'uniform', 'stratified'
+queries = 1                         # danceopd: K states of a rollout that are learned from
+query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), or 'stratified'
 query_space = 'index'               # or 'sigma': the same biases, on the noise level instead of the step's number
 kl_var = 'true'                     # 'code' leaves out the step's length, as all released code does
 drop_last = False                   # leave out the last step, as DiffusionOPD's release does
-reward = 'k1'                       # Flow-OPD's estimator: 'k1', 'code' (as released), 'paper' (a no-op, for study)
-group_size = 1                      # samples of one prompt (Flow-OPD 16)
-updates = 1                         # optimizer steps a rollout (Flow-OPD 2)
-clip_range = 1e-4                   # PPO ratio
-adv_clip = 5.0                      # advantages
-anchor = ''                         # 'base' or a teacher's name: the student is also held near it (Flow-OPD's MAR)
+reward = 'k1'                       # flowopd's estimator: 'k1', 'code' (as released), 'paper' (a no-op, to study)
+group_size = 1                      # flowopd: samples of one prompt (16)
+updates = 1                         # flowopd: optimizer steps a rollout (2)
+clip_range = 1e-4                   # flowopd: PPO ratio
+adv_clip = 5.0                      # flowopd: advantages
+anchor = ''                         # 'base' or a teacher: the student is also held near it (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
 max_steps = 400
-batch_size = 34                     # samples an optimizer step, all routes and processes together
+batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 20                    # samples a forward; the rest is gradient accumulation
-lr = 2e-3                           # DanceOPD 2e-4, DiffusionOPD 3e-4
+lr = 2e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
 lr_schedule = 'cosine'              # or 'constant'
 warmup = 20                         # steps
-weight_decay = 0.0                  # DiffusionOPD 1e-4
+weight_decay = 0.0                  # (DiffusionOPD 1e-4)
 betas: list = [0.9, 0.99]
-grad_clip = 1.0
-ema_decay = 0.98                    # 0 for none (DiffusionOPD 0.9)
+grad_clip = 1.0                     # 0: none
+ema_decay = 0.98                    # 0: none (DiffusionOPD 0.9)
 ema_every = 1                       # steps (DiffusionOPD 8)
-max_bad_steps = 5                   # steps in a row without a finite gradient before the run stops
+max_bad_steps = 5                   # updates in a row without a finite gradient before the run stops
 grad_checkpointing = False
 compile = False                     # torch.compile, block by block
 tf32 = True
@@ -111,24 +114,24 @@ eval_every = 100                    # steps between evaluations (gap by route, a
 eval_samples = 32                   # samples a route in them
 show = 4                            # of which so many are drawn in the picture
 sample_steps = 16                   # Euler steps of those pictures and of the score
-score = 'data/shapes/world.py:score'  # file.py:function(images, rows) -> one number or dict a picture; '' for none
+score = 'data/shapes/world.py:score'    # file.py:function(images, rows) -> a number or dict a picture; '': none
 score_samples = 256                 # pictures a route that the score is asked about, at the end
 save_every = 100
 ckpt_keep = 2
 log_every = 10
 wandb_log = False
 wandb_project = 'train_opd'
-dry_run = False                     # check everything that can be checked without weights, print the table, stop
+dry_run = False                     # check all that can be checked without weights, print the table, stop
 SETTINGS = collect(sys.modules[__name__])
-DISTILLATION = ['teachers', 'teacher_offload', 'routes', 'routes_per_step', 'cycle', 'mixing', 'rollout_guidance', 'states',
-                'student_guidance', 'queries', 'query', 'query_space', 'kl_var', 'anchor', 'anchor_beta', 'score_samples']
+DISTILLATION = '''teachers teacher_offload routes routes_per_step cycle mixing rollout_guidance student_guidance states queries
+query query_space kl_var anchor anchor_beta score_samples'''.split()    # not train_teacher.py's
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The flow: one step of a sampler as a Gaussian, and the weight that each method gives to a velocity error
 
 def transition(z, v, sigma, sigma_next, eta=0.0, kind='flow'):
-    """From sigma to sigma_next < sigma: (mean, std). eta = 0 is the ODE, std 0. Shapes broadcast: (B,1,1,1) or ()."""
+    """From sigma to sigma_next < sigma: (mean, std). eta = 0 is the ODE, std 0. Shapes broadcast."""
     d = sigma_next - sigma
     if eta == 0:
         return z + d * v, torch.zeros_like(d)
@@ -149,8 +152,8 @@ def log_prob(x, mean, std):
 
 
 def kl_weight(sigma, sigma_next, eta=0.0, kind='flow', var='true'):
-    """w in KL(student || teacher) = w mean((v_s - v_t)^2), that is c^2 / (2 std^2) with c = d mean / d v. For the ODE
-    the limit d^2 / 2. `var='code'` divides by 2 g^2 = 2 std^2 / -d, as the releases of DiffusionOPD and Flow-OPD do."""
+    """w in KL(student || teacher) = w mean((v_s - v_t)^2), that is c^2 / (2 std^2) with c = d mean / d v; for the
+    ODE the limit d^2 / 2. 'code' divides by 2 g^2 = 2 std^2 / -d, as DiffusionOPD's and Flow-OPD's releases do."""
     c, std = transition(torch.zeros_like(sigma), torch.ones_like(sigma), sigma, sigma_next, eta, kind)
     if eta == 0:
         return c ** 2 / 2
@@ -169,12 +172,12 @@ def col(sigma):
     return sigma.view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields: a model family as a velocity. `cond` is a list of dicts, one a sample: text, and 'source' for an edit.
+# ------------------------------------------------------------------------------------------------------------
+# Fields: a model family as a velocity. `cond` is a list of dicts, one a sample: its text, an edit's 'source'.
 
 class Field:
     """What the families share: a pipeline's denoiser, VAE and scheduler."""
-    can_edit, patch, prefix = False, 2, 'transformer'
+    can_edit, patch, prefix, listed = False, 2, 'transformer', True
 
     def __init__(self, pipe, device='cpu', max_sequence_length=256, distilled_guidance=3.5):
         self.pipe, self.device, self.net, self.vae = pipe, torch.device(device), getattr(pipe, self.prefix), pipe.vae
@@ -192,13 +195,13 @@ class Field:
 
     def sigmas(self, n, height, width):
         """The pipeline's own schedule: n + 1 numbers, from pure noise to 0."""
-        s, tokens = copy.deepcopy(self.pipe.scheduler), height * width // (self.factor * self.patch) ** 2
-        k = {'mu': 1.0}
+        s, k = copy.deepcopy(self.pipe.scheduler), dict(mu=1.0)
         if s.config.use_dynamic_shifting:                              # mu is linear in the number of tokens
-            c = s.config
+            c, tokens = s.config, height * width // (self.factor * self.patch) ** 2
             slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
             k['mu'] = c.base_shift + slope * (tokens - c.base_image_seq_len)
-        s.set_timesteps(sigmas=torch.linspace(1, 1 / n, n).tolist(), **k)
+        k |= dict(sigmas=torch.linspace(1, 1 / n, n).tolist()) if self.listed else dict(num_inference_steps=n)
+        s.set_timesteps(**k)
         return s.sigmas.float().cpu()
 
     def start(self, eps, n, height, width):
@@ -226,7 +229,7 @@ class Field:
             return self.forward(z, sigma.float(), cond).float()
 
     def blocks(self):
-        """The blocks of the network, to be compiled one by one."""
+        """The parts of the network that repeat, to be compiled one by one."""
         names = getattr(self.net, '_repeated_blocks', None)
         return [m for m in self.net.modules() if type(m).__name__ in names] if names else self.net.transformer_blocks
 
@@ -237,16 +240,13 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a diptych); a
     transformer with twice as many input as output channels gets it as channels instead."""
-    can_edit = True
-    targets = ['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj', 'attn.add_k_proj',
-               'attn.add_v_proj', 'attn.to_add_out']
+    can_edit, listed = True, False                                     # no list: sigma_min is shifted twice
+    targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj',
+                                     'to_add_out')]
 
-    def sigmas(self, n, height, width):
-        if self.pipe.scheduler.config.use_dynamic_shifting:
-            return super().sigmas(n, height, width)
-        s = copy.deepcopy(self.pipe.scheduler)
-        s.set_timesteps(n)                                             # not a list: sigma_min is shifted twice
-        return s.sigmas.float().cpu()
+    @property
+    def patch(self):
+        return self.net.config.patch_size
 
     def encode(self, prompts, edit=False):
         length = min(self.max_length, self.pipe.tokenizer_3.model_max_length if self.pipe.tokenizer_3 else 512)
@@ -260,8 +260,8 @@ class SD3(Field):
             source = self.stack(cond, 'source').to(z.dtype) if 'source' in cond[0] else torch.zeros_like(z)
             x = torch.cat([z, source], 1) if wide else torch.cat([source, z], 3)
         return self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma,
-                        encoder_hidden_states=self.stack(cond, 'text'), pooled_projections=self.stack(cond, 'pooled'),
-                        return_dict=False)[0][..., -z.shape[-1]:]
+                        encoder_hidden_states=self.stack(cond, 'text'), return_dict=False,
+                        pooled_projections=self.stack(cond, 'pooled'))[0][..., -z.shape[-1]:]
 
 
 class ZImage(Field):
@@ -269,19 +269,16 @@ class ZImage(Field):
     pipeline's guidance g is c + g (c - u); here as everywhere guidance is w = g + 1, and 1.0 means none."""
     targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
 
-    @property
-    def can_edit(self):
-        return hasattr(self.pipe, 'siglip')
-
     def __init__(self, pipe, *a, **k):
         super().__init__(pipe, *a, **k)
+        self.can_edit = hasattr(pipe, 'siglip')
         if self.can_edit:
             pipe.siglip.requires_grad_(False).eval().to(self.device)
 
     def encode(self, prompts, edit=False):
         k = dict(num_condition_images=int(edit)) if self.can_edit else {}
         es, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False,
-                                        max_sequence_length=self.max_length, **k)
+                                        max_sequence_length=self.max_length, **k)      # list(): it is overwritten
         return [dict(text=[p.cpu() for p in e] if self.can_edit else e.cpu()) for e in es]
 
     def encode_source(self, path, height, width):
@@ -306,13 +303,11 @@ class ZImage(Field):
 
 class Flux(Field):
     """FLUX.1 dev, schnell, and Kontext (editing: the source's tokens follow the target's, first id 1)."""
-    targets = ['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj', 'attn.add_k_proj',
-               'attn.add_v_proj', 'attn.to_add_out', 'ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj',
-               'ff_context.net.2']
+    targets = SD3.targets + ['ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj', 'ff_context.net.2']
 
-    @property
-    def can_edit(self):
-        return 'Kontext' in type(self.pipe).__name__
+    def __init__(self, pipe, *a, **k):
+        super().__init__(pipe, *a, **k)
+        self.can_edit = 'Kontext' in type(pipe).__name__
 
     def encode(self, prompts, edit=False):
         e, pooled, _ = self.pipe.encode_prompt(list(prompts), None, device=self.device,
@@ -327,13 +322,11 @@ class Flux(Field):
         return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c), ids
 
     def forward(self, z, sigma, cond):
-        b, c, h, w = z.shape
-        x, ids = self.tokens(z, 0)
-        n = x.shape[1]
+        (b, c, h, w), (x, ids), text = z.shape, self.tokens(z, 0), self.stack(cond, 'text')
+        n, embeds = x.shape[1], self.net.config.guidance_embeds
         if 'source' in cond[0]:
             source, more = self.tokens(self.stack(cond, 'source').to(z.dtype), 1)
             x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
-        text, embeds = self.stack(cond, 'text'), self.net.config.guidance_embeds
         out = self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma / 1000, encoder_hidden_states=text,
                        guidance=torch.full_like(sigma, self.distilled_guidance) if embeds else None,
                        pooled_projections=self.stack(cond, 'pooled'), img_ids=ids,
@@ -343,7 +336,7 @@ class Flux(Field):
 
 class UNet(Field):
     """SD1.x, SD-Turbo, SDXL, SDXL-Turbo with epsilon or v prediction, as a flow: with a = sqrt(abar_t) and
-    b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Then an Euler step in z is a DDIM step in x_t."""
+    b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). An Euler step in z is a DDIM step in x_t."""
     patch, prefix, targets = 1, 'unet', ['to_q', 'to_k', 'to_v', 'to_out.0']
 
     def __init__(self, pipe, *a, **k):
@@ -361,7 +354,7 @@ class UNet(Field):
 
     def sigmas(self, n, height, width):
         k, _ = self.schedule(n)
-        return (k / (1 + k)).float()                                   # starts at the table's largest, never at 1
+        return (k / (1 + k)).float()                                   # from the table's largest, never from 1
 
     def start(self, eps, n, height, width):
         k, scale = self.schedule(n)
@@ -369,19 +362,18 @@ class UNet(Field):
 
     def encode(self, prompts, edit=False):
         if 'text_encoder_2' not in self.pipe.components:
-            e = self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0]
-            return [dict(text=a) for a in e.cpu()]
+            return [dict(text=a) for a in self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].cpu()]
         e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
-        empty = [float(bool(p) or not self.pipe.config.force_zeros_for_empty_prompt) for p in prompts]
-        return [dict(text=a * f, pooled=b * f) for a, b, f in zip(e.cpu(), pooled.cpu(), empty)]
+        zero = self.pipe.config.force_zeros_for_empty_prompt           # SDXL's empty prompt is nothing at all
+        return [dict(text=a * (not zero or bool(p)), pooled=b * (not zero or bool(p)))
+                for p, a, b in zip(prompts, e.cpu(), pooled.cpu())]
 
     def forward(self, z, sigma, cond):
-        s = col(sigma)
+        s, last = col(sigma), len(self.noise) - 1
         a, b = (1 - s) / (s ** 2 + (1 - s) ** 2).sqrt(), s / (s ** 2 + (1 - s) ** 2).sqrt()
         x, k = z * (a + b), (sigma.double() / (1 - sigma.double())).cpu()
-        hi = torch.searchsorted(self.noise, k).clamp(1, len(self.noise) - 1)
-        lo = self.noise[hi - 1]
-        t = (hi - 1 + ((k - lo) / (self.noise[hi] - lo))).clamp(0, len(self.noise) - 1)
+        hi = torch.searchsorted(self.noise, k).clamp(1, last)          # sigma -> t by the table, between its rows too
+        t = (hi - 1 + (k - self.noise[hi - 1]) / (self.noise[hi] - self.noise[hi - 1])).clamp(0, last)
         t = torch.where((t - t.round()).abs() < 0.02, t.round(), t).float().to(self.device)
         extra = {}
         if 'pooled' in cond[0]:
@@ -394,48 +386,47 @@ class UNet(Field):
         return m - (x - b * m) / a
 
 
-FAMILIES = {'StableDiffusion3Pipeline': SD3, 'ZImagePipeline': ZImage, 'ZImageOmniPipeline': ZImage,
-            'FluxPipeline': Flux, 'FluxKontextPipeline': Flux, 'StableDiffusionPipeline': UNet,
-            'StableDiffusionXLPipeline': UNet}
-EDITORS = 'StableDiffusion3Pipeline, ZImageOmniPipeline, FluxKontextPipeline'
-
-
+FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage, FluxPipeline=Flux,
+                FluxKontextPipeline=Flux, StableDiffusionPipeline=UNet, StableDiffusionXLPipeline=UNet)
+EDITORS = 'StableDiffusion3Pipeline', 'ZImageOmniPipeline', 'FluxKontextPipeline'
 REMAKE = '; make it with: python data/shapes/prepare.py'
 
 
+def known(name, path):
+    need(name in FAMILIES, f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
+
+
 def peek(path, family=''):
-    """What can be known without weights: (pipeline's name, {component: config}); a hub id gives its family alone."""
+    """What can be known without weights: (pipeline's name, {component: config}); of a hub id, the name given."""
     configs = {}
     for f in glob.glob(f'{path}/*/config.json') + glob.glob(f'{path}/model_index.json'):
         try:
             configs[Path(f).parent.name if f.endswith('/config.json') else 'index'] = json.loads(Path(f).read_text())
         except ValueError as e:
             raise BadInput(f'{f} is damaged ({e}); fetch the model again')
-    if not configs.get('index') and (Path(path).exists() or path.startswith(('.', '/', '~', 'data/', 'out/'))):
-        raise BadInput(f'{path} is not a diffusers model folder: it has no model_index.json' + REMAKE * ('shapes' in path))
+    local = Path(path).exists() or path.startswith(('.', '/', '~', 'data/', 'out/'))
+    need(not local or 'index' in configs, f'{path} is not a diffusers model folder: it has no model_index.json'
+         + REMAKE * ('shapes' in path))
     name = family or configs.get('index', {}).get('_class_name', '')
-    if (configs or family) and name not in FAMILIES:
-        raise BadInput(f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
+    if name:
+        known(name, path)
     return name, configs
 
 
 def check_size(name, configs, height, width, editing):
-    """Can the family take this size, and edit? `name` may be '' for a hub id that nobody has seen yet."""
-    vae, net = configs.get('vae', {}), configs.get('transformer', {})
-    patch = net.get('patch_size', 2) if name == 'StableDiffusion3Pipeline' else FAMILIES[name].patch if name else 2
+    """Can the family take this size, and edit? `name` is '' for a hub id that nobody has seen yet."""
+    vae, net, sd3 = configs.get('vae', {}), configs.get('transformer', {}), name == 'StableDiffusion3Pipeline'
+    patch = net.get('patch_size', 2) if sd3 else FAMILIES[name].patch if name else 2
     unit = 2 ** (len(vae['block_out_channels']) - 1 if vae else 3) * patch
     for what, x in (('height', height), ('width', width)):
-        if x < unit or x % unit:
-            raise BadInput(f'resolution: {name or "this model"} takes a {what} in multiples of {unit} pixels, not {x}; '
-                           f'the nearest is {max(unit, round(x / unit) * unit)}')
-    if editing and name and not (name == 'StableDiffusion3Pipeline' or name.endswith(('OmniPipeline', 'KontextPipeline'))):
-        raise BadInput(f'{name} cannot edit a source image; these can: {EDITORS}. Take source_image out of the data, '
-                       f'or another model')
+        need(x >= unit and x % unit == 0, f'resolution: {name or "this model"} takes a {what} in multiples of {unit} '
+             f'pixels, not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
+    need(not editing or not name or name in EDITORS, f'{name} cannot edit a source image; these can: '
+         f'{", ".join(EDITORS)}. Take source_image out of the data, or another model')
     wide = 2 if editing and net.get('in_channels') == net.get('out_channels') else 1
-    most = net.get('pos_embed_max_size', 10 ** 6)
-    if name == 'StableDiffusion3Pipeline' and (height // unit > most or wide * width // unit > most):
-        raise BadInput(f'resolution: {height} x {width}{" as a diptych" if wide == 2 else ""} is larger than this '
-                       f'model\'s position table of {most * unit} pixels')
+    most = net.get('pos_embed_max_size', 10 ** 6) if sd3 else 10 ** 6
+    need(height // unit <= most and wide * width // unit <= most, f'resolution: {height} x {width}'
+         f'{" as a diptych" * (wide - 1)} is larger than this model\'s position table of {most * unit} pixels')
 
 
 def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_length=256, distilled_guidance=3.5):
@@ -448,18 +439,17 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
         name = name or index['_class_name']
+        known(name, path)
         skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index}
-        if name not in FAMILIES:
-            raise BadInput(f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
         pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype, **skip)
     except BadInput:
         raise
-    except Exception as e:                                             # whatever it was, the person can only refetch
+    except Exception as e:                                             # whatever it was, it must be fetched again
         local = 'some file of the folder is missing or damaged: fetch or make it again' if Path(path).exists() else \
             'download it, or give a local folder; gated models need: hf auth login'
-        local += ' (python data/shapes/prepare.py)' if path.startswith('data/shapes') else ''
-        raise BadInput(f'model {path} could not be loaded: {local}. It said: {str(e).strip()[:300]}')
-    if dtype != torch.float32 and name != 'ZImageOmniPipeline':        # Omni's pipeline encodes sources in its own dtype
+        raise BadInput(f'model {path} could not be loaded: {local}{REMAKE * ("shapes" in path)}. It said: '
+                       f'{str(e).strip()[:300]}')
+    if dtype != torch.float32 and name != 'ZImageOmniPipeline':        # Omni's pipeline encodes in its own dtype
         pipe.vae.to(torch.float32)
     return FAMILIES[name](pipe, device, max_sequence_length, distilled_guidance)
 
@@ -472,7 +462,7 @@ def guided(field, z, sigma, cond, empty=None, w=1.0):
     return v_empty + w * (v - v_empty)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One frozen base, adapters on it by name, full models beside it
 
 def attach(net, name, adapter, dtype=None):
@@ -482,7 +472,8 @@ def attach(net, name, adapter, dtype=None):
     for key, (A, B, scale) in adapter.items():
         layer = net.get_submodule(key)
         for part, x in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
-            part.weight = torch.nn.Parameter(x.to(layer.weight.device, dtype or x.dtype), requires_grad=False)
+            x = x.to(layer.weight.device, dtype or x.dtype)
+            part.weight = torch.nn.Parameter(x, requires_grad=False)
         layer.scaling[name], layer.r[name] = float(scale), A.shape[0]
 
 
@@ -490,38 +481,39 @@ class Models:
     """Who can be asked for a velocity: 'base', 'student', and every teacher by its name."""
 
     def __init__(self, field, teachers=(), offload=False):
-        self.field, self.teachers, self.full, self.offload = field, {t['name']: t for t in teachers}, {}, offload
-        self.cost, self.layers, self.adapters = {'base': 0}, [], {'student'}
+        self.field, self.full, self.offload, self.cost = field, {}, offload, {'base': 0}
+        self.layers, self.adapters = [], {'student'}
         for t in teachers:
+            name, dtype = t['name'], field.net.dtype
             if t.get('lora'):
-                adapter = self.fit(merge_lora.read_adapter(t['lora']), f'teacher {t["name"]!r}')
-                attach(field.net, t['name'], adapter, field.net.dtype)
-                self.adapters.add(t['name'])
-                self.cost[t['name']] = sum(a.numel() + b.numel() for a, b, _ in adapter.values()) * field.net.dtype.itemsize
+                adapter = self.fit(merge_lora.read_adapter(t['lora']), f'teacher {name!r}')
+                attach(field.net, name, adapter, dtype)
+                self.adapters.add(name)
+                self.cost[name] = sum(a.numel() + b.numel() for a, b, _ in adapter.values()) * dtype.itemsize
             elif t.get('checkpoint'):
-                net = self.load_full(t['checkpoint'])
-                self.full[t['name']] = copy.copy(field)
-                self.full[t['name']].net = net.requires_grad_(False).eval().to('cpu' if offload else field.device)
-                self.cost[t['name']] = sum(p.numel() * p.element_size() for p in net.parameters())
+                net = self.load_full(t['checkpoint']).requires_grad_(False).eval()
+                self.full[name] = copy.copy(field)
+                self.full[name].net = net.to('cpu' if offload else field.device)
+                self.cost[name] = sum(p.numel() * p.element_size() for p in net.parameters())
         self.refresh()
 
     def fit(self, adapter, what):
         """An adapter's tensors under this net's names; all must land."""
         layers = [(k.removesuffix('.base_layer'), m) for k, m in self.field.net.named_modules() if 'lora_' not in k]
-        return merge_lora.fit(adapter, {k: tuple(m.weight.shape) for k, m in layers
-                                        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}, what)
+        shapes = {k: tuple(m.weight.shape) for k, m in layers if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        return merge_lora.fit(adapter, shapes, what)
 
     def load_full(self, path):
-        kind, part = type(self.field.net), self.field.prefix
+        own = self.field.net
         try:
-            sub = None if (Path(path) / 'config.json').exists() else part
-            net = kind.from_pretrained(path, subfolder=sub, dtype=self.field.net.dtype)
+            sub = None if (Path(path) / 'config.json').exists() else self.field.prefix
+            net = type(own).from_pretrained(path, subfolder=sub, dtype=own.dtype)
         except Exception as e:
-            raise BadInput(f'checkpoint {path} could not be loaded as a {kind.__name__}: give a diffusers folder or hub '
-                           f'id of the same family. It said: {str(e).strip()[:300]}')
+            raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a diffusers '
+                           f'folder or hub id of the same family. It said: {str(e).strip()[:300]}')
         for k in ('in_channels', 'out_channels'):
-            if net.config.get(k) != self.field.net.config.get(k):
-                raise BadInput(f'checkpoint {path} has {k} {net.config.get(k)}, the base {self.field.net.config.get(k)}')
+            need(net.config.get(k) == own.config.get(k),
+                 f'checkpoint {path} has {k} {net.config.get(k)}, the base {own.config.get(k)}')
         return net
 
     def refresh(self):
@@ -560,27 +552,25 @@ class Student:
         torch.manual_seed(seed)
         linear = [k for k, m in net.named_modules() if isinstance(getattr(m, 'base_layer', m), torch.nn.Linear)
                   and 'lora_' not in k and not k.endswith('.base_layer')]
-        lost = [t for t in targets if not any(k == t or k.endswith('.' + t) for k in linear)]
-        names = sorted(k for k in linear if any(k == t or k.endswith('.' + t) for t in targets))
-        if lost:
-            raise BadInput(f'lora_targets: no linear layer of the model is called {", ".join(lost[:5])}')
-        config = dict(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights='gaussian')
-        net.add_adapter(LoraConfig(**config), adapter_name='student')
+        hit = lambda k, t: k == t or k.endswith('.' + t)
+        lost = [t for t in targets if not any(hit(k, t) for k in linear)]
+        need(not lost, f'lora_targets: no linear layer of the model is called {", ".join(lost[:5])}')
+        names = sorted(k for k in linear if any(hit(k, t) for t in targets))
         surplus = sorted(set(init or ()) - set(names))
-        if surplus:
-            raise BadInput(f'init_from: {len(surplus)} modules of the start, as {surplus[0]}, are not in lora_targets; '
-                           f'add them there, or leave lora_targets None')
+        need(not surplus, f'init_from: {len(surplus)} modules of the start, as {surplus[:1]}, are not in '
+             f'lora_targets; add them there, or leave lora_targets None')
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights='gaussian')
+        net.add_adapter(config, adapter_name='student')
         for key, module in (init or {}).items():
-            layer = net.get_submodule(key)
-            A, B = merge_lora.to_rank(module, rank)
+            layer, (A, B) = net.get_submodule(key), merge_lora.to_rank(module, rank)
             used = A.flatten(1).abs().amax(1) > 0                      # a surplus row keeps its random start
-            layer.lora_A['student'].weight.data[used.to(layer.weight.device)] = A[used].to(layer.weight.device)
+            where = layer.weight.device
+            layer.lora_A['student'].weight.data[used.to(where)] = A[used].to(where)
             layer.lora_B['student'].weight.data.copy_(B / (alpha / rank))
-        self.net, self.names, self.alpha = net, names, alpha
+        self.net, self.names, self.alpha, self.ema, self.bad = net, names, alpha, None, 0
         self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
         for p in self.params.values():
             p.data = p.data.float()
-        self.ema, self.bad = None, 0
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(betas), weight_decay=weight_decay)
 
     def tensors(self):
@@ -599,7 +589,7 @@ class Student:
                 p.data.copy_(own[n])
 
     def update(self, world, lr, clip, ema_decay=0.0, ema_now=True, flag=0.0):
-        """Sums the gradients of all processes, once; steps if they are finite. Returns (norm, stepped, summed flag)."""
+        """Sums the gradients of all processes, once, and steps if they are finite: (norm, stepped, summed flag)."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params.values()]
         flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([flag], device=grads[0].device)])
         if world.size > 1:
@@ -609,8 +599,7 @@ class Student:
         if good:
             scale, at = min(1.0, clip / (norm + 1e-6)) if clip else 1.0, 0
             for p in self.params.values():
-                p.grad = flat[at:at + p.numel()].view_as(p).mul(scale)
-                at += p.numel()
+                p.grad, at = flat[at:at + p.numel()].view_as(p).mul(scale), at + p.numel()
             for group in self.optimizer.param_groups:
                 group['lr'] = lr
             self.optimizer.step()
@@ -630,31 +619,31 @@ class Student:
         merge_lora.write_adapter(folder, self.modules(self.tensors()), self.alpha, prefix)
         if self.ema:
             merge_lora.write_adapter(folder / 'ema', self.modules(self.ema), self.alpha, prefix)
-        torch.save(dict(student=self.tensors(), ema=self.ema, optimizer=self.optimizer.state_dict()),
-                   folder / 'train_state.pt')
+        state = dict(student=self.tensors(), ema=self.ema, optimizer=self.optimizer.state_dict())
+        torch.save(state, folder / 'train_state.pt')
 
     def load(self, folder):
         try:
             state = torch.load(folder / 'train_state.pt', map_location='cpu', weights_only=True)
         except Exception as e:
-            raise BadInput(f'{folder / "train_state.pt"} cannot be read ({e}); delete {folder} to resume from the '
+            raise BadInput(f'{folder}/train_state.pt cannot be read ({e}); delete {folder} to resume from the '
                            f'checkpoint before it')
-        if {n: x.shape for n, x in state['student'].items()} != {n: p.shape for n, p in self.params.items()}:
-            raise BadInput(f'{folder} holds another adapter than these settings make: rank, lora_targets and model '
-                           f'must be those of its meta.json')
+        same = {n: x.shape for n, x in state['student'].items()} == {n: p.shape for n, p in self.params.items()}
+        need(same, f'{folder} holds another adapter than these settings make: rank, lora_targets and model must be '
+             f'those of its meta.json')
         for n, p in self.params.items():
             p.data.copy_(state['student'][n])
-        self.ema = {n: x.to(self.params[n].device) for n, x in state['ema'].items()} if state['ema'] else None
+        if state['ema'] and self.ema:                                  # an average that is new starts from here
+            self.ema = {n: x.to(self.params[n].device) for n, x in state['ema'].items()}
+        elif self.ema:
+            self.ema = self.tensors()
         self.optimizer.load_state_dict(state['optimizer'])
-        meta = json.loads((folder / 'meta.json').read_text())
-        return meta['step'], meta.get('state', [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and plan
+# ------------------------------------------------------------------------------------------------------------
+# Plan: which samples a step has. Nothing random needs to be saved, every stream follows from (seed, step, sample)
 
 def rng(*key):
-    """A random stream of its own for every (seed, step, sample, purpose): nothing random needs to be saved."""
     return random.Random(repr(key))
 
 
@@ -663,39 +652,39 @@ def torch_rng(*key):
 
 
 def draw_indices(r, k, sigmas, bias='low', space='index', slot=0, of=1):
-    """K distinct step numbers of a rollout. `slot` of `of`: this sample's place among those of its route, so that
+    """K distinct step numbers of a rollout. `slot` of `of` is this sample's place among those of its route, so that
     'stratified' spreads a step's queries evenly over the rollout."""
-    n = len(sigmas) - 1
+    n, taken = len(sigmas) - 1, []
     ab = {'low': (5, 2), 'mid': (5, 5), 'high': (2, 5)}.get(bias)
-    taken = []
     for j in range(k):
-        u = r.betavariate(*ab) if ab else (slot + j * of + r.random()) / (k * of) if bias == 'stratified' else r.random()
+        u = (slot + j * of + r.random()) / (k * of) if bias == 'stratified' else \
+            r.betavariate(*ab) if ab else r.random()
         i = min(int(u * n), n - 1)
         if space == 'sigma':
             i = min(range(n), key=lambda m: abs(float(sigmas[m]) - float(sigmas[0]) * (1 - u)))
-        free = [m for m in range(n) if m not in taken]
-        taken.append(min(free, key=lambda m: abs(m - i)))              # the nearest that is still free
+        taken.append(min((m for m in range(n) if m not in taken), key=lambda m: abs(m - i)))   # nearest still free
     return sorted(taken)
 
 
 def plan(step, seed, routes, sizes, batch, per_step='all', cycle=(), group=1):
-    """The global batch of a step as a list of samples: number, route, row, weight in the loss, place in its route. It
-    depends on (seed, step) alone, so that neither the number of processes nor a resume changes a sample."""
+    """The global batch of a step, a pure function: each sample's number, group, route, row, share of the loss, and
+    place in its route. So neither the number of processes nor a resume changes a sample."""
     n, weights = batch // group, [r.get('weight', 1.0) for r in routes]
+    pick = lambda *key: rng(seed, step, *key).choices(range(len(routes)), weights)[0]
     if per_step == 'sample':
-        who = [rng(seed, step, g, 'route').choices(range(len(routes)), weights)[0] for g in range(n)]
+        who = [pick(g, 'route') for g in range(n)]
     elif per_step == 'all':
         who = [i for i, r in enumerate(routes) for _ in range(r.get('samples', batch // len(routes)) // group)]
     else:
-        names = [r['data'] for r in routes]
-        who = [names.index(cycle[step % len(cycle)]) if cycle else
-               rng(seed, step, 'route').choices(range(len(routes)), weights)[0]] * n
+        who = [[r['data'] for r in routes].index(cycle[step % len(cycle)]) if cycle else pick('route')] * n
     out = []
     for number in range(batch):
         g, i = number // group, who[number // group]
-        share = weights[i] / sum(weights) / (who.count(i) * group) if per_step == 'all' else 1 / batch
-        out.append(SimpleNamespace(number=number, group=g, route=i, row=rng(seed, step, g, 'row').randrange(sizes[i]),
-                                   share=share, slot=number - who.index(i) * group, of=who.count(i) * group))
+        of = who.count(i) * group
+        out.append(SimpleNamespace(
+            number=number, group=g, route=i, row=rng(seed, step, g, 'row').randrange(sizes[i]),
+            share=weights[i] / sum(weights) / of if per_step == 'all' else 1 / batch,
+            slot=sum(w == i for w in who[:g]) * group + number % group, of=of))
     return out
 
 
@@ -716,10 +705,10 @@ class Prompts:
     def add(self, keys, keep=False):
         """Encodes what is missing. What is not kept lives until the next chunk."""
         keys = list(dict.fromkeys(keys))
-        self.chunk = {} if keep else {k: self.chunk[k] for k in keys if k in self.chunk}
+        self.chunk = self.chunk if keep else {k: self.chunk[k] for k in keys if k in self.chunk}
         into, new = self.kept if keep else self.chunk, [k for k in keys if k not in self.kept and k not in self.chunk]
-        encoders = self.field.encoders().values()
-        for m in encoders if new else ():
+        encoders = self.field.encoders().values() if new else ()
+        for m in encoders:
             m.to(self.field.device)
         for edit in (False, True):
             some = [p for p, e in new if e == edit]
@@ -727,11 +716,12 @@ class Prompts:
                 with torch.no_grad():
                     into.update(zip(((p, edit) for p in some[i:i + 16]), self.field.encode(some[i:i + 16], edit)))
         self.encoded += len(new)
-        for m in encoders if new else ():
+        for m in encoders:
             m.to('cpu')
 
     def size(self, key):
-        return sum(x.numel() * x.element_size() for v in self[key].values() for x in (v if isinstance(v, list) else [v]))
+        parts = (x for v in self[key].values() for x in (v if isinstance(v, list) else [v]))
+        return sum(x.numel() * x.element_size() for x in parts)
 
     def free(self):
         for k in self.field.encoders():
@@ -740,12 +730,13 @@ class Prompts:
     @torch.no_grad()
     def conditions(self, rows, height, width):
         """Rows -> (cond, empty): what a field takes, and the same without the words, for guidance."""
-        sources = [self.field.encode_source(r['source_image'], height, width) if r.get('source_image') else {} for r in rows]
-        return tuple([{**self[p, bool(s)], **s} for p, s in zip(ps, sources)]
-                     for ps in ([r['prompt'] for r in rows], [''] * len(rows)))
+        sources = [self.field.encode_source(r['source_image'], height, width) if r.get('source_image') else {}
+                   for r in rows]
+        return tuple([{**self[p, bool(s)], **s} for p, s in zip(prompts, sources)]
+                     for prompts in ([r['prompt'] for r in rows], [''] * len(rows)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rollout: a model's own states, without gradient
 
 @torch.no_grad()
@@ -763,13 +754,12 @@ def rollout(velocity, z, sigmas, last, eta=0.0, kind='flow', generators=None):
         if not on:
             return
         z, alive = z[on], [alive[k] for k in on]
-        s = sigmas[i].expand(len(z))
+        s, s_next = sigmas[i].expand(len(z)), sigmas[i + 1].expand(len(z))
         v = velocity(z, s, alive) if v is None else v[on]
-        mean, std = transition(z, v, col(s), col(sigmas[i + 1].expand(len(z))), eta, kind)
+        z, std = transition(z, v, col(s), col(s_next), eta, kind)
         if eta:
             noise = [torch.randn(z.shape[1:], generator=generators[j]) for j in alive]
-            mean = mean + std * torch.stack(noise).to(z.device)
-        z = mean
+            z = z + std * torch.stack(noise).to(z.device)
 
 
 def sample(velocity, z, sigmas, eta=0.0, kind='flow', generators=None):
@@ -779,7 +769,7 @@ def sample(velocity, z, sigmas, eta=0.0, kind='flow', generators=None):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses: one number a sample each. Every one is a weighted velocity error; the weight is the method.
 
 def danceopd_loss(v, v_target):
@@ -788,21 +778,8 @@ def danceopd_loss(v, v_target):
 
 
 def diffusionopd_loss(v, v_target, sigma, sigma_next, eta=0.0, kind='flow', var='true'):
-    """DiffusionOPD (2605.15055): KL(student step || teacher step), at every state."""
+    """DiffusionOPD (2605.15055): KL(student's step || teacher's step), at every state."""
     return kl_weight(sigma, sigma_next, eta, kind, var) * velocity_error(v, v_target)
-
-
-def ppo_loss(logp, logp_old, advantage, clip_range):
-    """max(-A r, -A clip(r)), r = pi / pi_old; also the ratio, for the log."""
-    ratio = (logp - logp_old).exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)), ratio.detach()
-
-
-def flowopd_reward(estimator, logp_teacher, logp_student, kl):
-    """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the sampled action, whose policy
-    gradient is that of -KL. 'paper': -KL(s), a function of the state alone, so that E[A(s) grad log pi] = 0: it teaches
-    nothing, and is here to be studied. 'code': the same, but not detached: the gradient is the KL's own."""
-    return logp_teacher - logp_student if estimator == 'k1' else -kl
 
 
 def group_advantage(rewards, group, clip=5.0, global_std=False, eps=1e-6):
@@ -810,15 +787,34 @@ def group_advantage(rewards, group, clip=5.0, global_std=False, eps=1e-6):
     r = rewards.view(-1, group)
     std = rewards.std() if global_std else r.std(1, keepdim=True)
     flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= eps
-    return torch.where(flat, torch.zeros_like(r), (r - r.mean(1, keepdim=True)) / (std + eps)).clamp(-clip, clip).view(-1)
+    a = (r - r.mean(1, keepdim=True)) / (std + eps)
+    return a.masked_fill(flat, 0).clamp(-clip, clip).view(-1)
+
+
+def ppo_loss(logp, logp_old, advantage, clip_range):
+    """max(-A r, -A clip(r)), r = pi / pi_old; also the ratio, for the log."""
+    ratio = (logp - logp_old).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio.detach()
+
+
+def flowopd_reward(estimator, logp_teacher, logp_student, kl):
+    """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the drawn action, whose policy
+    gradient is that of -KL. 'paper', 'code': -KL(s), a function of the state alone: as E[A(s) grad log pi] = 0,
+    'paper' teaches nothing and is here to be studied; 'code' keeps the KL's own gradient in the loss below."""
+    return logp_teacher - logp_student if estimator == 'k1' else -kl
 
 
 def flowopd_loss(logp, logp_old, kl, advantage, estimator, clip_range, adv_clip=5.0):
-    """The policy gradient of one step, for any of the three estimators."""
-    if estimator == 'code':                # as released: -KL is the advantage and keeps its gradient. Centring it within
-        advantage = (-kl).clamp(-adv_clip, adv_clip)                  # a group would cancel that gradient
+    """The policy gradient of one step. 'code', as released: -KL is the advantage and keeps its gradient, and is not
+    centred within the group, which would cancel it."""
+    if estimator == 'code':
+        advantage = (-kl).clamp(-adv_clip, adv_clip)
     return ppo_loss(logp, logp_old, advantage, clip_range)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# A run: what distillation and train_teacher.py share. From here on `c` is all settings
 
 def launch(device='', tf32=True):
     """This process among all: rank, size, device. Works with and without torchrun."""
@@ -853,28 +849,27 @@ def score_mean(scores):
     return sum(float(next(iter(s.values())) if isinstance(s, dict) else s) for s in scores) / max(1, len(scores))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run: what distillation and train_teacher.py share. From here on `c` is all settings, read in one place each
-
 def need(good, message):
     if not good:
         raise BadInput(message)
 
 
 def check_settings(c, choices, least):
-    """Values that are one of a few, and numbers that are at least, or (above=True) more than, a bound."""
-    for key, known in choices.items():
-        need(getattr(c, key) in known, f'{key}: {getattr(c, key)!r} is not one of {", ".join(map(repr, known))}')
+    """Values that are one of a few, and numbers that are at least, or more than, a bound."""
+    for key, known_values in choices.items():
+        need(getattr(c, key) in known_values,
+             f'{key}: {getattr(c, key)!r} is not one of {", ".join(map(repr, known_values))}')
     for bound, names in least.items():
         for k in names.split():
             x, above = getattr(c, k), bound == 'above 0'
-            need(x > 0 if above else x >= int(bound), f'{k} must be {"more than 0" if above else f"at least {bound}"}, not {x}')
+            need(x > 0 if above else x >= int(bound),
+                 f'{k} must be {"more than 0" if above else f"at least {bound}"}, not {x}')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
     need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: one number, or [height, width]')
 
 
 def check_data(c, labels, need_target=False):
-    """Buckets of training and held-out rows, every picture looked at; whether the model can take size and sources."""
+    """Training and held-out buckets, every picture looked at; can the model take this size and sources?"""
     height, width = (c.resolution, c.resolution) if isinstance(c.resolution, int) else c.resolution
     (buckets, errors), (held, more) = read_data(c.data), read_data(c.eval_data)
     labels = labels or list(buckets)
@@ -888,32 +883,37 @@ def check_data(c, labels, need_target=False):
     editing = any(b[0]['source_image'] for b in buckets.values())
     family, configs = peek(c.model, c.family)
     check_size(family, configs, height, width, editing)
-    return SimpleNamespace(height=height, width=width, family=family, buckets=buckets, editing=editing, labels=labels,
-                           held={k: held.get(k) or buckets[k] for k in labels})
+    return SimpleNamespace(height=height, width=width, family=family, buckets=buckets, editing=editing,
+                           labels=labels, held={k: held.get(k) or buckets[k] for k in labels})
 
 
 class Run:
+    """Models, words, log, checkpoints and loop of one run folder."""
+
     def __init__(self, c, d, teachers=(), init=lambda models: None, plan=None, eval_rows=0):
         self.c, self.d, self.out, self.plan, self.notes, self.extra = c, d, Path(c.out_dir), plan, [], {}
         self.skipped, self.bad, self.stop, self.step, self.history, self.t0 = 0, '?', 0, 0, [], time.time()
-        self.world = world = launch(c.device, c.tf32)
+        self.first, self.state, self.world = 0, [], launch(c.device, c.tf32)
+        world, path = self.world, lambda t: t.get('lora') or t.get('checkpoint') or c.model
         self.say = print if world.rank == 0 else lambda *a: None
         settings = {k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')}
-        path = lambda t: t.get('lora') or t.get('checkpoint') or c.model
-        self.meta = dict(settings=settings, teachers={t['name']: dict(path=path(t), sha256=sha256(path(t))) for t in teachers})
+        files = {t['name']: merge_lora.find(t['lora']) if t.get('lora') else path(t) for t in teachers}
+        self.meta = dict(settings=settings, teachers={
+            t['name']: dict(path=path(t), sha256=sha256(files[t['name']])) for t in teachers})
         last = claim(c.out_dir, c.init_from == 'resume', self.meta) if world.rank == 0 else None
         if world.size > 1:
             dist.barrier()                                             # one process looks after the folder
             last = newest(c.out_dir) if c.init_from == 'resume' else None
 
-        low = {'auto': 'bfloat16' if world.device.type == 'cuda' else 'float32'}.get(c.dtype, c.dtype)
-        self.field = field = open_field(c.model, getattr(torch, low), world.device, c.family, c.max_sequence_length,
-                                        c.distilled_guidance)
+        low = 'bfloat16' if world.device.type == 'cuda' else 'float32'
+        self.field = field = open_field(c.model, getattr(torch, low if c.dtype == 'auto' else c.dtype), world.device,
+                                        c.family, c.max_sequence_length, c.distilled_guidance)
         check_size(type(field.pipe).__name__, dict(vae=dict(field.vae.config), transformer=dict(field.net.config)),
                    d.height, d.width, d.editing)                       # again: a hub id's configs are known only now
         self.models = Models(field, teachers, getattr(c, 'teacher_offload', False))
         if last:                                                       # where the run began is a file of it
-            settings['init_from'] = json.loads((last / 'meta.json').read_text())['settings']['init_from']
+            old = json.loads((last / 'meta.json').read_text())
+            settings['init_from'], self.first, self.state = old['settings']['init_from'], old['step'], old['state']
             start = merge_lora.read_adapter(self.out / 'start')
         elif c.init_from in ('base', 'merge'):
             start = init(self.models)
@@ -922,10 +922,10 @@ class Run:
         targets = c.lora_targets or (sorted(start) if start else field.targets)
         self.student = Student(field.net, c.rank, c.alpha, targets, c.seed, start, c.betas, c.weight_decay)
         self.models.refresh(), self.models.switch('student')
-        self.start, self.first, self.state = self.student.tensors(), 0, []
+        self.start = self.student.tensors()
         self.student.ema = self.student.tensors() if c.ema_decay else None
         if last:
-            self.first, self.state = self.student.load(last)
+            self.student.load(last)
             self.say(f'resumed {last}')
         elif world.rank == 0:
             merge_lora.write_adapter(self.out / 'start', self.student.modules(self.start), c.alpha, field.prefix)
@@ -936,41 +936,47 @@ class Run:
             for block in field.blocks():
                 block.compile(fullgraph=True)
 
-        self.prompts, self.last = Prompts(field), last
-        count = lambda b: min(len(b), eval_rows)
-        self.eval_rows = {k: [b[i] for i in rng(c.seed, 'eval', k).sample(range(len(b)), count(b))] for k, b in d.held.items()}
-        self.prompts.add([('', False), ('', True)][:1 + d.editing] + [text_key(r) for rows in self.eval_rows.values()
-                                                                      for r in rows], keep=True)
+        pick = lambda k, b: rng(c.seed, 'eval', k).sample(range(len(b)), min(len(b), eval_rows))
+        self.eval_rows = {k: [b[i] for i in pick(k, b)] for k, b in d.held.items()}
+        keys = [('', False), ('', True)][:1 + d.editing]
+        self.prompts = Prompts(field)
+        self.prompts.add(keys + [text_key(r) for rows in self.eval_rows.values() for r in rows], keep=True)
         size = sum(map(len, d.buckets.values())) * self.prompts.size(('', False))
         self.whole = size < c.cache_gb * 1e9                           # all prompts now, or a chunk of steps at a time
         if self.whole:
             self.prompts.add((text_key(b[i]) for b in d.buckets.values() for i in range(len(b))), keep=True)
             self.prompts.free()
-        self.log = self.out / 'log.jsonl'
         if world.rank == 0:
-            if last and self.log.exists():                             # forget what came after the checkpoint
-                rows = map(json.loads, filter(str.strip, self.log.read_text().splitlines()))
-                self.history = [r for r in rows if r['step'] <= self.first]
-            self.log.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
-            if c.wandb_log:
-                import wandb
-                wandb.init(project=c.wandb_project, name=self.out.name, config=settings, resume='allow', id=self.out.name)
-            for k, rows in self.eval_rows.items():                     # edit pairs, to be looked at before step 0
-                b = d.buckets[k]
-                shown = [b[i] for i in range(min(8, len(b)))] if b[0]['source_image'] and not last else []
-                picture = lambda p: load_image(p, d.height, d.width) / 2 + 0.5 if p else None
-                if shown:
-                    grid([[picture(r['source_image']), picture(r['target_image'])] for r in shown],
-                         self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in shown], ['source', 'target'])
+            self.open_log(settings, last)
         if not last:
             self.save(0)
         signal.signal(signal.SIGTERM, lambda *a: setattr(self, 'stop', 1))
 
+    def open_log(self, settings, last):
+        c, d, self.log = self.c, self.d, self.out / 'log.jsonl'
+        if last and self.log.exists():                                 # forget what came after the checkpoint
+            lines = self.log.read_text().splitlines()
+            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]    # a kill cuts a line
+            self.history = [r for r in whole if r['step'] <= self.first]
+        self.log.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
+        if c.wandb_log:
+            import wandb
+            wandb.init(project=c.wandb_project, name=self.out.name, config=settings, resume='allow', id=self.out.name)
+        for k, b in d.buckets.items():                                 # edit pairs, to be looked at before step 0
+            rows = [b[i] for i in range(min(8, len(b)))] if b[0]['source_image'] and not last else []
+            if rows:
+                grid([[self.picture(r['source_image']), self.picture(r['target_image'])] for r in rows],
+                     self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in rows], ['source', 'target'])
+
+    def picture(self, path):
+        return load_image(path, self.d.height, self.d.width) / 2 + 0.5 if path else None
+
     def mine(self, step, routes, per_step='sample', cycle=(), same_noise=False):
-        """This process's samples of a step, whole groups, with their row and random streams: `noise` for the start, `draws`
-        for what follows."""
+        """This process's samples of a step, whole groups, with their row and random streams: `noise` for the start,
+        `draws` for what follows."""
         c, buckets = self.c, [self.d.buckets[r['data']] for r in routes]
-        todo = plan(step, c.seed, routes, [len(b) for b in buckets], c.batch_size, per_step, cycle, c.group_size)
+        sizes = [len(b) for b in buckets]
+        todo = plan(step, c.seed, routes, sizes, c.batch_size, per_step, cycle, c.group_size)
         todo = [s for s in todo if s.group % self.world.size == self.world.rank]
         for s in todo:
             s.data, s.label = buckets[s.route][s.row], routes[s.route]['data']
@@ -985,7 +991,7 @@ class Run:
             yield from (some[i:i + size] for i in range(0, len(some), size))
 
     def begin(self, todo, n, guidance=1.0, who='student'):
-        """What a chunk starts from: words and sources, the state at sigmas[0], and a model as a function for rollout."""
+        """A chunk's words and sources, its state at sigmas[0], and a model as a function for rollout."""
         cond, empty = self.prompts.conditions([s.data for s in todo], self.d.height, self.d.width)
 
         def velocity(z, s, alive):
@@ -1000,7 +1006,8 @@ class Run:
     def trajectory(self, todo, sigmas, n, eta, kind, guidance):
         """n steps of a stochastic rollout kept whole, for policy gradients: states, velocities, log-probabilities."""
         cond, empty, z, velocity = self.begin(todo, len(sigmas) - 1, guidance)
-        t = SimpleNamespace(todo=todo, cond=cond, empty=empty, sigmas=sigmas, eta=eta, kind=kind, guidance=guidance, z=[], v=[])
+        t = SimpleNamespace(todo=todo, cond=cond, empty=empty, sigmas=sigmas, eta=eta, kind=kind, guidance=guidance,
+                            z=[], v=[])
         walk = rollout(velocity, z, sigmas, [n] * len(todo), eta, kind, [s.draws for s in todo])
         i, alive, z = next(walk)
         while i < n:
@@ -1011,8 +1018,8 @@ class Run:
         return t
 
     def policy(self, t, i, v=None):
-        """The student's velocity at step i of a trajectory (one number, or one a sample), its log-probability of what was
-        drawn there, and the state and sigmas it is about."""
+        """The student's velocity at step i of a trajectory (one number, or one a sample), its log-probability of what
+        was drawn there, and the state and sigmas it is about."""
         b = torch.arange(len(t.todo))
         i = torch.as_tensor(i).expand(len(b))
         z, s, s_next = t.z[i, b], t.sigmas[i], t.sigmas[i + 1]
@@ -1023,17 +1030,17 @@ class Run:
 
     def render(self, who, label, rows, n, guidance=1.0, tensors=None):
         """Pictures of rows from noise that is the same every time, each process a share of them."""
-        d, size = self.d, self.c.micro_batch * 4
-        sigmas, done = self.field.sigmas(n, d.height, d.width).to(self.world.device), []
-        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(self.c.seed, 'eval', label, i)) for i, r in enumerate(rows)]
-        for some in self.chunks(todo[self.world.rank::self.world.size], size):
+        d, c, done = self.d, self.c, []
+        sigmas = self.field.sigmas(n, d.height, d.width).to(self.world.device)
+        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(c.seed, 'eval', label, i)) for i, r in enumerate(rows)]
+        for some in self.chunks(todo[self.world.rank::self.world.size], c.micro_batch * 4):
             with torch.no_grad(), self.student.wearing(tensors):
                 _, _, z, velocity = self.begin(some, n, guidance, who)
                 done += zip([s.number for s in some], self.field.decode(sample(velocity, z, sigmas)).cpu())
         return torch.stack([x for _, x in sorted(gather(self.world, done), key=lambda p: p[0])])
 
     def note(self, todo, **numbers):
-        """For the log: numbers of each sample; a loss that is not finite is remembered with its route and sigma."""
+        """For the log: numbers of each sample; where one is not finite, its route and sigma are remembered."""
         for j, s in enumerate(todo):
             one = {k: float(v[j]) for k, v in numbers.items()}
             self.notes.append((s.label, one))
@@ -1047,8 +1054,8 @@ class Run:
                                           (self.step + 1) % c.ema_every == 0, float(self.stop > 0))
         self.skipped, self.stop = self.skipped + (not good), 2 if asked else self.stop
         if s.bad >= c.max_bad_steps:
-            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower lr, or use '
-                               f'dtype=float32. The last checkpoint in {self.out} is from before')
+            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower lr, or '
+                               f'use dtype=float32. The last checkpoint in {self.out} is from before')
 
     def record(self, entry):
         if self.world.rank == 0:
@@ -1060,15 +1067,15 @@ class Run:
 
     def save(self, step):
         if self.world.rank == 0:
-            save_checkpoint(self.out, step, lambda f: self.student.save(f, self.field.prefix),
+            save_checkpoint(self.out, step, lambda folder: self.student.save(folder, self.field.prefix),
                             {**self.meta, 'state': self.state}, self.c.ckpt_keep)
         if self.world.size > 1:
             dist.barrier()
 
     def steps(self, evaluate):
-        """The loop: yields the samples of a step, this process's share; around that the log, evaluations, checkpoints."""
-        c, mean = self.c, lambda x: sum(x) / len(x)
-        bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=True if self.world.rank else None)
+        """The loop: yields a step's samples, this process's share; around that the log, evaluations, checkpoints."""
+        c, off = self.c, True if self.world.rank else None             # None: no bar where nobody watches
+        bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=off)
         for self.step in bar:
             step, done = self.step, self.step + 1
             if not self.whole and (step == self.first or step % c.encode_every == 0):
@@ -1076,20 +1083,7 @@ class Run:
                 self.prompts.add(text_key(s.data) for t in ahead for s in self.plan(self, t))
             yield self.plan(self, step)
             if done % c.log_every == 0 or done == c.max_steps:
-                notes, self.notes = gather(self.world, self.notes), []
-                gpu = self.world.device.type == 'cuda'
-                memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
-                entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(step, c), skipped=self.skipped,
-                             seconds=round(time.time() - self.t0, 1), memory_gb=round(memory, 2), **self.extra)
-                for k in sorted({k for _, n in notes for k in n}):
-                    entry[k] = (max if k == 'ratio_off' else mean)([n[k] for _, n in notes if k in n])
-                routes = {r: mean([n['gap'] for q, n in notes if q == r and 'gap' in n] or [math.nan]) for r in {q for q, _ in notes}}
-                entry.update({f'train_gap/{r}': g for r, g in routes.items() if g == g})
-                self.record(entry)
-                show = {k: f'{entry[k]:.4g}' for k in ('loss', 'gap', 'reward', 'ratio_off') if k in entry}
-                bar.set_postfix(**show, route=notes[-1][0] if notes else '', GB=f'{memory:.1f}')
-                bar.write(f'step {done:6d}  ' + '  '.join(f'{k} {v}' for k, v in show.items()) + f'  |grad| {self.norm:.3g}  '
-                          + '  '.join(f'{r} {g:.3f}' for r, g in sorted(routes.items()) if g == g))
+                self.report(done, bar)
             if done % c.eval_every == 0 and done < c.max_steps and self.stop < 2:
                 evaluate(done)
             if done % c.save_every == 0 or done == c.max_steps or self.stop == 2:
@@ -1098,47 +1092,66 @@ class Run:
                 self.say(f'\nasked to stop: saved {newest(self.out)}; continue with --init_from=resume')
                 raise SystemExit(0)
 
+    def report(self, done, bar):
+        """One line, and an entry of log.jsonl: the mean of what was noted since the last, gaps by route as well."""
+        notes, self.notes, mean = gather(self.world, self.notes), [], lambda x: sum(x) / len(x)
+        gpu, dt = self.world.device.type == 'cuda', time.time() - self.t0
+        memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
+        entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(done - 1, self.c), skipped=self.skipped,
+                     seconds=round(dt, 1), memory_gb=round(memory, 2), **self.extra)
+        for k in sorted({k for _, n in notes for k in n}):
+            entry[k] = (max if k == 'ratio_off' else mean)([n[k] for _, n in notes if k in n])
+        gaps = {r: [n['gap'] for q, n in notes if q == r and 'gap' in n] for r in sorted({q for q, _ in notes})}
+        entry.update({f'train_gap/{r}': mean(g) for r, g in gaps.items() if g})
+        self.record(entry)
+        show = {k: f'{entry[k]:.4g}' for k in ('loss', 'gap', 'reward', 'kl', 'sigma', 'ratio_off') if k in entry}
+        bar.set_postfix(**show, route=notes[-1][0] if notes else '', GB=f'{memory:.1f}')
+        if self.world.rank == 0:
+            bar.write(f'step {done:6d}  ' + '  '.join(f'{k} {v}' for k, v in show.items()) +
+                      f'  |grad| {self.norm:.3g}  ' + '  '.join(f'{r} {mean(g):.3f}' for r, g in gaps.items() if g) +
+                      f'  {dt / max(1, done - self.first):.2f} s/step  {memory:.1f} GB')
+
     def table(self, rows, name='route'):
         """The result, as a file and for people."""
         if self.world.rank == 0:
             (self.out / 'result.json').write_text(json.dumps(rows, indent=1))
             heads = list(next(iter(rows.values())))
-            print('\n' + f'{name:16s}' + ''.join(f'{h:>12s}' for h in heads))
+            print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
             for k, row in rows.items():
-                print(f'{k:16s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
-            print(f'{time.time() - self.t0:.0f} s; {self.out / "latest"} holds the adapter, {self.out / "samples"} the pictures. '
+                print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
+            print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples the pictures. '
                   f'Try: python sample.py --ckpt {self.out}')
         if self.world.size > 1:
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 def check(c):
     """Everything that can be known before weights are loaded."""
     check_settings(c, dict(
         method=('danceopd', 'diffusionopd', 'flowopd'), sde=('flow', 'dance', 'cps'), query_space=('index', 'sigma'),
-        query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'), reward=('k1', 'code', 'paper'),
-        mixing=('hard', 'soft'), states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
+        query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'), mixing=('hard', 'soft'),
+        reward=('k1', 'code', 'paper'), states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
         lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')), {
-        '1': 'max_steps batch_size micro_batch rank steps queries group_size updates sample_steps encode_every save_every '
-             'eval_every log_every ckpt_keep eval_samples max_bad_steps ema_every show',
+        '1': 'max_steps batch_size micro_batch rank steps queries group_size updates sample_steps encode_every '
+             'save_every eval_every log_every ckpt_keep eval_samples max_bad_steps ema_every show',
         '0': 'eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb score_samples',
         'above 0': 'lr alpha clip_range adv_clip'})
-    flow = c.method == 'flowopd'
-    need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps; at most {c.steps}')
-    need(not flow or c.group_size > 1, 'group_size = 1: Flow-OPD compares the samples of one prompt; at least 2 (paper: 16)')
+    flow, dance, G, B = c.method == 'flowopd', c.method == 'danceopd', c.group_size, c.batch_size
+    need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps')
+    need(not flow or G > 1, 'group_size = 1: Flow-OPD compares the samples of one prompt; at least 2 (paper: 16)')
     need(not flow or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has eta = 0.7')
-    need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the very policy that drew the samples: '
-         'rollout_guidance and student_guidance must be equal')
+    need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the very policy that drew the '
+         'samples: rollout_guidance and student_guidance must be equal')
     need(flow or c.updates == 1, 'updates above 1 reuse a rollout, which only flowopd can correct for')
-    need(c.method == 'danceopd' or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
-    need(c.method == 'danceopd' or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
-    need(c.method != 'danceopd' or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
+    need(dance or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
+    need(dance or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
+    need(not dance or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
     need(not c.drop_last or c.steps > 1, 'drop_last leaves nothing of a rollout of one step')
-    need(c.sde != 'cps' or not c.eta or c.method == 'danceopd' or (c.drop_last and c.kl_var == 'true'),
-         "sde = 'cps' ends without noise, where the KL has no value: set drop_last = True and kl_var = 'true'")
+    need(c.sde != 'cps' or not c.eta or dance or (c.drop_last and c.kl_var == 'true'), "sde = 'cps' ends without "
+         "noise, where the KL has no value: set drop_last = True and kl_var = 'true'")
     need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base', or a teacher")
     need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set it (Flow-OPD: 0.04), or no anchor')
     names = [t.get('name') for t in c.teachers]
@@ -1152,13 +1165,15 @@ def check(c):
         need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both a lora and a checkpoint')
         need(t.get('weight', 1) > 0, f'teacher {name!r}: weight must be more than 0, not {t.get("weight")}')
         need(name != 'base' or not path, 'the name "base" is the frozen base\'s: give this teacher another')
-        need(not path.startswith(('data/', 'out/', '.', '/', '~')) or Path(path).expanduser().exists(),
+        there = Path(path).expanduser().exists()
+        need(there or not path.startswith(('data/', 'out/', '.', '/', '~')),
              f'teacher {name!r}: {path} does not exist' + REMAKE * path.startswith('data/shapes'))
-        if t.get('lora') and Path(path).expanduser().exists():
+        if t.get('lora') and there:
             merge_lora.read_adapter(path)                              # whole and readable
     need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: {", ".join(names)}')
     need(c.routes, 'routes is empty: give at least one dict(teacher=..., data=...)')
-    labels, world, every = [r.get('data') for r in c.routes], int(os.environ.get('WORLD_SIZE', 1)), c.routes_per_step == 'all'
+    labels, world, every = [r.get('data') for r in c.routes], int(os.environ.get('WORLD_SIZE', 1)), \
+        c.routes_per_step == 'all'
     for r in c.routes:
         odd = set(r) - {'teacher', 'data', 'weight', 'samples'}
         need(not odd, f'route {r}: unknown {sorted(odd)}; known: teacher, data, weight, samples')
@@ -1168,28 +1183,27 @@ def check(c):
     need(len(set(labels)) == len(labels), f'two routes have the same data; a bucket has one teacher: {labels}')
     need(not c.cycle or c.routes_per_step == 1, 'cycle needs routes_per_step = 1')
     need(set(c.cycle) <= set(labels), f'cycle: {sorted(set(c.cycle) - set(labels))} are no bucket of a route')
-    G, B = c.group_size, c.batch_size
     if every:
         parts = [r.get('samples', B // len(labels)) for r in c.routes]
-        need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples add up to {sum(parts)}: set batch_size to that')
+        need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples add up to {sum(parts)}: set it to that')
         need(all(p > 0 and p % G == 0 for p in parts), f'the routes\' samples {parts} must be multiples of group_size {G}')
     unit = G * world * c.updates
-    need(B % unit == 0, f'batch_size = {B} does not divide into {world} processes x {c.updates} updates x groups of {G}; the '
-                        f'nearest that does is {max(unit, round(B / unit) * unit)}')
+    need(B % unit == 0, f'batch_size = {B} does not divide into {world} processes x {c.updates} updates x groups of {G}; '
+         f'the nearest that does is {max(unit, round(B / unit) * unit)}')
     if c.score:
         load_function(c.score)
     d = check_data(c, labels, c.states == 'data')
-    sourced = [r['teacher'] for r in c.routes if d.buckets[r['data']][0]['source_image']]
-    need(c.mixing == 'hard' or not sourced or len(sourced) == len(labels), "mixing = 'soft' needs routes that all edit, or none")
+    edits = [bool(d.buckets[k][0]['source_image']) for k in labels]
+    need(c.mixing == 'hard' or len(set(edits)) == 1, "mixing = 'soft' needs routes that all edit, or none that does")
     return d
 
 
 def derived(c, d):
     """The table before step 0: what follows from the settings. Forwards count guidance twice."""
-    two, world = lambda w: 1 if w == 1 else 2, int(os.environ.get('WORLD_SIZE', 1))
+    two, world, size = lambda w: 1 if w == 1 else 2, int(os.environ.get('WORLD_SIZE', 1)), c.batch_size
     cost = {t['name']: two(t.get('guidance', 1.0)) for t in c.teachers}
-    asked = list(cost) if c.mixing == 'soft' else [r['teacher'] for r in c.routes]
-    teacher = sum(cost[t] for t in asked) / (1 if c.mixing == 'soft' else len(asked))
+    asked = [cost[r['teacher']] for r in c.routes]
+    teacher = sum(cost.values()) if c.mixing == 'soft' else sum(asked) / len(asked)
     n, roll, learn = c.steps - c.drop_last, two(c.rollout_guidance), two(c.student_guidance)
     if c.method == 'danceopd':
         line = torch.linspace(1, 0, c.steps + 1)                       # the schedule's shape hardly matters here
@@ -1198,14 +1212,15 @@ def derived(c, d):
     else:
         shared = c.method == 'diffusionopd' and c.rollout_guidance == c.student_guidance
         forwards = n * (teacher + learn + (0 if shared else roll))
-    size, group = c.batch_size, f' in groups of {c.group_size}' if c.group_size > 1 else ''
     yield 'model', f'{c.model} ({d.family or "its family is read when it is fetched"}), {d.height} x {d.width} pixels'
     yield 'method', f'{c.method}, {c.steps} steps, ' + (f'SDE {c.sde} {c.eta}' if c.eta else 'ODE') + f', from {c.init_from}'
-    yield 'samples a step', f'{size}{group}; {size // world} on each of {world} process(es), {c.micro_batch} a forward'
+    yield 'samples a step', f'{size}' + f' in groups of {c.group_size}' * (c.group_size > 1) + \
+        f'; {size // world} on each of {world} process(es), {c.micro_batch} a forward'
     yield 'forwards a step', f'{forwards * size:.0f}, {forwards:.1f} a sample, teachers included'
     yield 'updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts'
     for r in c.routes:
-        part = f'{r.get("samples", size // len(c.routes))} a step' if c.routes_per_step == 'all' else f'weight {r.get("weight", 1)}'
+        part = f'{r.get("samples", size // len(c.routes))} a step' if c.routes_per_step == 'all' else \
+            f'weight {r.get("weight", 1)}'
         yield f'route {r["data"]}', f'teacher {r["teacher"]}, {len(d.buckets[r["data"]])} rows, {part}'
 
 
@@ -1216,18 +1231,18 @@ def main(argv):
         print(f'{name:22s} {text}')
     if c.dry_run:
         return print('dry run: settings and data are fine')
-    by_name, labels = {t['name']: t for t in c.teachers}, d.labels
+    by_name, labels, teacher_of = {t['name']: t for t in c.teachers}, d.labels, {r['data']: r['teacher'] for r in c.routes}
 
     def plan_at(run, step):
         """This process's samples of a step, with their teacher and query indices."""
         todo = run.mine(step, c.routes, c.routes_per_step, c.cycle)
         for s in todo:
-            s.teacher = c.routes[s.route]['teacher']
-            s.queries = draw_indices(rng(c.seed, step, s.number, 'query'), c.queries, sigmas, c.query, c.query_space, s.slot, s.of)
+            s.teacher, r = teacher_of[s.label], rng(c.seed, step, s.number, 'query')
+            s.queries = draw_indices(r, c.queries, sigmas, c.query, c.query_space, s.slot, s.of)
         return todo
 
     def merged(models):
-        """init_from = 'merge': the mean of the teachers' deltas by route weight (the base's delta is left out)."""
+        """init_from = 'merge': the mean of the teachers' deltas by route weight (the base's is nothing)."""
         if c.init_from == 'base':
             return None
         weights = {r['teacher']: r.get('weight', 1.0) for r in c.routes if by_name[r['teacher']].get('lora')}
@@ -1236,20 +1251,22 @@ def main(argv):
         return merge_lora.merge(parts, [w / sum(weights.values()) for w in weights.values()])
 
     run = Run(c, d, c.teachers, merged, plan_at, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
-    models, student, say = run.models, run.student, run.say
+    models, student = run.models, run.student
     sigmas = run.field.sigmas(c.steps, d.height, d.width).to(run.world.device)
-    say(f'{"student":22s} rank {c.rank} on {len(student.names)} layers: {sum(p.numel() for p in student.params.values()):,} numbers')
+    run.say(f'{"student":22s} rank {c.rank} on {len(student.names)} layers: '
+            f'{sum(p.numel() for p in student.params.values()):,} numbers')
     for name, size in models.cost.items():
-        say(f'{"teacher " + name:22s} {size / 1e9:.4f} GB')
+        run.say(f'{"teacher " + name:22s} {size / 1e9:.4f} GB')
 
     def target(todo, z, s, cond, empty):
         """The velocity that each sample's teacher would have had there; softly mixed, the mean of all teachers'."""
         def one(t, k):
-            return models.velocity(t['name'], z[k], s[k], [cond[i] for i in k], [empty[i] for i in k], t.get('guidance', 1.0))
+            return models.velocity(t['name'], z[k], s[k], [cond[i] for i in k], [empty[i] for i in k],
+                                   t.get('guidance', 1.0))
         with torch.no_grad():
             if c.mixing == 'soft':
-                w = [t.get('weight', 1.0) for t in c.teachers]
-                return sum(a * one(t, list(range(len(todo)))) for a, t in zip(w, c.teachers)) / sum(w)
+                w, k = [t.get('weight', 1.0) for t in c.teachers], list(range(len(todo)))
+                return sum(a * one(t, k) for a, t in zip(w, c.teachers)) / sum(w)
             v = torch.empty_like(z)
             for name in dict.fromkeys(x.teacher for x in todo):
                 k = [i for i, x in enumerate(todo) if x.teacher == name]
@@ -1258,94 +1275,101 @@ def main(argv):
 
     for t in c.teachers:                                               # a teacher that does nothing is a mistake
         if t.get('lora') or t.get('checkpoint'):
-            row = run.eval_rows[next((r['data'] for r in c.routes if r['teacher'] == t['name']), labels[0])][0]
-            cond, empty, z, _ = run.begin([SimpleNamespace(data=row, noise=torch_rng(0))], c.steps)
+            label = next((k for k, n in teacher_of.items() if n == t['name']), labels[0])
+            row = SimpleNamespace(data=run.eval_rows[label][0], noise=torch_rng(0))
+            cond, empty, z, _ = run.begin([row], c.steps)
             with torch.no_grad():
                 same = torch.equal(*(models.velocity(w, z, sigmas[:1], cond) for w in (t['name'], 'base')))
             need(not same, f'teacher {t["name"]!r} has the velocity of the base: its weights do nothing')
 
-    def anchored(total, v, z, s, cond, empty, weights):
-        """MAR: the same weighted error to a frozen, task-agnostic anchor."""
-        if not c.anchor:
-            return total
-        with torch.no_grad():
-            v_a = models.velocity(c.anchor, z, s, cond, empty, c.student_guidance)
-        return total + c.anchor_beta * (weights * velocity_error(v, v_a)).sum()
+    def backward(loss, v, z, s, cond, empty, share, held):
+        """The mean loss, and, held by an anchor (MAR), the same error `held(v, v_anchor)` to it."""
+        total = (share * loss).sum()
+        if c.anchor:
+            with torch.no_grad():
+                v_anchor = models.velocity(c.anchor, z, s, cond, empty, c.student_guidance)
+            total = total + c.anchor_beta * (share * held(v, v_anchor)).sum()
+        total.backward()
 
-    def learn(todo, k, z, i, cond, empty, weigh):
-        """Teacher and student at states z with step numbers i: the weighted error, and backward."""
+    def learn(todo, k, z, i, cond, empty, error):
+        """Teacher and student at states z with step numbers i: their error by `error(v, v_target, i)`, and backward."""
         some, cond, empty = [todo[j] for j in k], [cond[j] for j in k], [empty[j] for j in k]
         s, share = sigmas[i], torch.tensor([x.share for x in some], device=z.device)
-        v_t = target(some, z, s, cond, empty)
-        v = models.velocity('student', z, s, cond, empty, c.student_guidance)
-        w = weigh(s, sigmas[i + 1])
-        loss = w * velocity_error(v, v_t)
-        anchored((share * loss).sum(), v, z, s, cond, empty, share * w).backward()
+        v_t, v = target(some, z, s, cond, empty), models.velocity('student', z, s, cond, empty, c.student_guidance)
+        loss = error(v, v_t, i)
+        backward(loss, v, z, s, cond, empty, share, lambda v, v_a: error(v, v_a, i))
         run.note(some, loss=loss.detach(), sigma=s, gap=relative_gap(v.detach(), v_t))
         return v.detach()
 
     def danceopd(todo):
-        """K states of each rollout, of mixed sigma, learned together. Weight 1."""
+        """K states of each rollout, of mixed sigma, learned together."""
         cond, empty, z, velocity = run.begin(todo, c.steps, c.rollout_guidance)
         if c.states == 'teacher':
-            velocity = lambda z, s, a: target([todo[j] for j in a], z, s, [cond[j] for j in a], [empty[j] for j in a])
+            def velocity(z, s, a):
+                return target([todo[j] for j in a], z, s, [cond[j] for j in a], [empty[j] for j in a])
         if c.states == 'data':
-            x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in todo]))
-            found = [(j, i, (1 - sigmas[i]) * x0[j] + sigmas[i] * z[j]) for j, s in enumerate(todo) for i in s.queries]
+            x0 = torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in todo])
+            with torch.no_grad():
+                x0 = run.field.encode_image(x0)
+            found = [(j, i, (1 - sigmas[i]) * x0[j] + sigmas[i] * torch.randn(z[j].shape, generator=s.draws).to(z.device))
+                     for j, s in enumerate(todo) for i in s.queries]
         else:
             walk = rollout(velocity, z, sigmas, [s.queries[-1] for s in todo], c.eta, c.sde, [s.draws for s in todo])
             found = [(j, i, x) for i, alive, zs in walk for j, x in zip(alive, zs) if i in todo[j].queries]
         for at in range(0, len(found), c.micro_batch):
             j, i, x = zip(*found[at:at + c.micro_batch])
             learn(todo, j, torch.stack(x), torch.tensor(i, device=z.device), cond, empty,
-                  lambda s, t: torch.full_like(s, 1 / c.queries))
+                  lambda v, v_t, i: danceopd_loss(v, v_t) / c.queries)
 
     def diffusionopd(todo):
-        """Every state, weighted by the step's KL, backward as it comes by: memory does not grow with the steps."""
+        """Every state, backward as it comes by: memory does not grow with the number of steps."""
         cond, empty, z, velocity = run.begin(todo, c.steps, c.rollout_guidance)
         n = c.steps - c.drop_last
         walk = rollout(velocity, z, sigmas, [n] * len(todo), c.eta, c.sde, [s.draws for s in todo])
         i, alive, z = next(walk)
         while i < n:
-            v = learn(todo, alive, z, torch.full((len(z),), i, device=z.device), cond, empty,
-                      lambda s, t: kl_weight(s, t, c.eta, c.sde, c.kl_var) / n)
+            v = learn(todo, alive, z, torch.full((len(z),), i, device=z.device), cond, empty, lambda v, v_t, i:
+                      diffusionopd_loss(v, v_t, sigmas[i], sigmas[i + 1], c.eta, c.sde, c.kl_var) / n)
             i, alive, z = walk.send(v if c.rollout_guidance == c.student_guidance else None)
 
     def flowopd(todo):
         """Policy gradient of the same KL, step by step, on trajectories drawn with the weights as they were."""
         n, size = c.steps - c.drop_last, max(1, c.micro_batch // c.group_size) * c.group_size
         parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
-        rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance) for x in run.chunks(p, size)] for p in parts]
+        rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance) for x in run.chunks(p, size)]
+                  for p in parts]
         for t in itertools.chain(*rolled):
             t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo)), t.cond, t.empty) for i in range(n)]
         for part in rolled:
             for t, i in itertools.product(part, range(n)):
                 v, logp, z, s, s_next = run.policy(t, i)
-                w, share = kl_weight(s, s_next, c.eta, c.sde, c.kl_var), torch.tensor([x.share for x in t.todo], device=z.device)
-                kl, logp_t = w * velocity_error(v, t.v_t[i]), run.policy(t, i, t.v_t[i])[1]
+                error = lambda v, v_t: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde, c.kl_var)
+                kl, logp_t = error(v, t.v_t[i]), run.policy(t, i, t.v_t[i])[1]
                 reward = flowopd_reward(c.reward, logp_t, t.logp[i], kl.detach())
                 advantage = group_advantage(reward, c.group_size, c.adv_clip)
                 loss, ratio = flowopd_loss(logp, t.logp[i], kl, advantage, c.reward, c.clip_range, c.adv_clip)
-                share = share * c.updates / n
-                anchored((share * loss).sum(), v, z, s, t.cond, t.empty, share * w).backward()
+                share = torch.tensor([x.share for x in t.todo], device=z.device) * c.updates / n
+                backward(loss, v, z, s, t.cond, t.empty, share, error)
                 off = (ratio - 1).abs()
                 run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]), ratio_off=off,
                          clipped=(off > c.clip_range).float())
             run.apply()
 
     def gap_of(label, tensors):
-        """Mean relative gap to the teacher on held-out rows, at states spread evenly over the student's own rollouts."""
-        rows, teacher, gaps = run.eval_rows[label][:c.eval_samples], c.routes[labels.index(label)]['teacher'], []
-        todo = [SimpleNamespace(data=r, teacher=teacher, index=i * c.steps // len(rows), noise=torch_rng(c.seed, 'gap', label, i))
-                for i, r in enumerate(rows)][run.world.rank::run.world.size]
-        for some in run.chunks(todo, c.micro_batch):
+        """Mean relative gap to the teacher on held-out rows, at states spread evenly over the student's rollouts."""
+        rows, gaps = run.eval_rows[label][:c.eval_samples], []
+        todo = [SimpleNamespace(data=r, teacher=teacher_of[label], index=i * c.steps // len(rows),
+                                noise=torch_rng(c.seed, 'gap', label, i)) for i, r in enumerate(rows)]
+        for some in run.chunks(todo[run.world.rank::run.world.size], c.micro_batch):
             with torch.no_grad(), student.wearing(tensors):
                 cond, empty, z, velocity = run.begin(some, c.steps, c.rollout_guidance)
-                for i, alive, z in rollout(velocity, z, sigmas, [s.index for s in some], c.eta, c.sde, [s.noise for s in some]):
-                    for x, j in ((x, j) for x, j in zip(z, alive) if some[j].index == i):
-                        s = sigmas[i][None]
-                        v = models.velocity('student', x[None], s, [cond[j]], [empty[j]], c.student_guidance)
-                        gaps += relative_gap(v, target([some[j]], x[None], s, [cond[j]], [empty[j]])).tolist()
+                walk = rollout(velocity, z, sigmas, [s.index for s in some], c.eta, c.sde, [s.noise for s in some])
+                found = [(x, j) for i, alive, z in walk for x, j in zip(z, alive) if some[j].index == i]
+                z, j = torch.stack([x for x, _ in found]), [j for _, j in found]
+                todo_, cond, empty = [some[k] for k in j], [cond[k] for k in j], [empty[k] for k in j]
+                s = sigmas[[x.index for x in todo_]]
+                v = models.velocity('student', z, s, cond, empty, c.student_guidance)
+                gaps += relative_gap(v, target(todo_, z, s, cond, empty)).tolist()
         gaps = gather(run.world, gaps)
         return sum(gaps) / len(gaps)
 
@@ -1358,15 +1382,16 @@ def main(argv):
     def evaluate(step):
         """Gap by route, and the picture: source, teacher, the student at the start, the student now."""
         gaps, lines, names = {k: gap_of(k, student.ema) for k in labels}, [], []
-        for r in c.routes:
-            k, rows = r['data'], run.eval_rows[r['data']][:c.show]
+        for k in labels:
+            rows = run.eval_rows[k][:c.show]
             if k not in still:
-                still[k] = [load_image(x['source_image'], d.height, d.width) / 2 + 0.5 if x['source_image'] else None for x in rows], \
-                    pictures(r['teacher'], k, c.show), pictures('student', k, c.show, run.start)
+                still[k] = [run.picture(x['source_image']) for x in rows], pictures(teacher_of[k], k, c.show), \
+                    pictures('student', k, c.show, run.start)
             lines += zip(*still[k], pictures('student', k, c.show, student.ema))
             names += [f'{k}: {x["prompt"]}' for x in rows]
         if run.world.rank == 0:
-            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names, ['source', 'teacher', 'student at start', 'student now'])
+            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names,
+                 ['source', 'teacher', 'student at start', 'student now'])
         run.record(dict(step=step, **{f'gap/{k}': g for k, g in gaps.items()}))
         return gaps
 
@@ -1380,11 +1405,12 @@ def main(argv):
             run.apply()
     after = evaluate(c.max_steps)
 
-    table, judge = {k: dict(gap_before=before[k], gap_after=after[k]) for k in labels}, c.score and load_function(c.score)
-    for r in c.routes if c.score else ():
-        k, rows = r['data'], run.eval_rows[r['data']][:c.score_samples]
-        for name, who, tensors in (('base', 'base', None), ('teacher', r['teacher'], None), ('start', 'student', run.start),
-                                   ('student', 'student', student.ema)):
+    table = {k: dict(gap_before=before[k], gap_after=after[k]) for k in labels}
+    judge = load_function(c.score) if c.score else None
+    for k in labels if judge else ():
+        rows = run.eval_rows[k][:c.score_samples]
+        for name, who, tensors in (('base', 'base', None), ('teacher', teacher_of[k], None),
+                                   ('start', 'student', run.start), ('student', 'student', student.ema)):
             table[k][name] = score_mean(judge(pictures(who, k, len(rows), tensors), rows))
     if run.world.rank == 0:
         curve(run.history, run.out / 'loss.png', ['loss', 'gap', *(f'gap/{k}' for k in labels)])

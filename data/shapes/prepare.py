@@ -35,7 +35,7 @@ seed = 0
 base_steps = 7000
 base_stop = 0                       # stop the base early, after so many of its steps (0: at the end)
 teachers: list = ['count', 'global_edit', 'local_edit']
-teacher_steps: dict = dict(count=600, global_edit=1400, local_edit=3000)
+teacher_steps: dict = dict(count=500, global_edit=1200, local_edit=2600)
 pairs = 8000                        # training rows a teacher is made from (drawn into `work`, not kept)
 train_rows = 600                    # rows a bucket of the files that are kept
 val_rows = 256

@@ -370,10 +370,9 @@ def reward(images, rows, softness=0.03):
 def _taste(images, rows, liked):
     """Share of liked things among all things in the picture, read softly; a picture that its row calls wrong gets
     at most half, so that the taste cannot be had by giving up what was asked for."""
-    near = (-distances(images) / 0.03).exp()
-    ground = near.amax(-1).sum(-1).argmax(-1)
-    p = near[torch.arange(len(near)), ground]                          # (n, 4, 19)
-    p = p / p.sum(-1, keepdim=True).clamp_min(1e-6)
+    d = distances(images)
+    ground = d.amin(-1).sum(-1).argmin(-1)
+    p = (-d[torch.arange(len(d)), ground] / 0.004).softmax(-1)         # (n, 4, 19): what stands in each cell
     some = p[..., 1:].sum((1, 2))
     share = (p * liked).sum((1, 2)) / some.clamp_min(0.5)
     return [s * r for s, r in zip(share.clamp(0, 1).tolist(), reward(images, rows))]

@@ -1,0 +1,25 @@
+# The demonstration, spelled out: four skills of the shapes world into one student, on a CPU in about ten
+# minutes. These are train_opd.py's own settings; this file names what somebody would change first.
+model = 'data/shapes/base'
+resolution = 24
+teachers = [
+    dict(name='base'),                            # an anchor: the student keeps drawing what the base draws
+    dict(name='count', lora='data/shapes/teachers/count'),
+    dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
+    dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
+routes = [                                        # more samples for what is harder to learn
+    dict(teacher='base', data='t2i', samples=4),
+    dict(teacher='count', data='count', samples=4),
+    dict(teacher='local_edit', data='local_edit', samples=16),
+    dict(teacher='global_edit', data='global_edit', samples=10)]
+batch_size = 34                                   # the sum of the samples
+routes_per_step = 'all'                           # try 1: one route a step, with batch_size = 32
+
+init_from = 'merge'                               # try 'base', or one teacher's folder
+rank = 32
+steps = 8
+method = 'danceopd'                               # try 'diffusionopd'
+query = 'uniform'                                 # try 'low', 'high'
+max_steps = 400
+lr = 2e-3
+out_dir = 'out/shapes'

@@ -1,0 +1,188 @@
+"""
+Pictures from a run, a checkpoint, any adapter, or the bare base.
+
+    python sample.py --ckpt out/shapes                     a few rows of the run's own evaluation data
+    python sample.py --ckpt out/shapes --prompt='a red circle top left on white|a green square top right'
+    python sample.py --ckpt out/shapes --prompt='make the circle green' --source=picture.png
+    python sample.py --ckpt out/shapes --prompts=my_prompts.txt --num=4 --seed=1
+    python sample.py --ckpt=owner/repo/folder --model=stabilityai/stable-diffusion-3.5-medium --prompt=...
+    python sample.py --ckpt='' --model=data/shapes/base --prompt='a blue triangle bottom left on gray'
+
+What a run knows (model, size, guidance, steps) is read from its checkpoint's meta.json, unless given here.
+The noise of a picture follows from (seed, number of the prompt, number of the picture) alone, so that two
+checkpoints, or student and base, can be compared picture by picture. Left out on purpose: stochastic
+samplers, negative prompts.
+"""
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+
+import configurator
+import merge_lora
+from configurator import BadInput, collect, configure
+from files import grid, load_image, read_data
+from train_opd import (Models, Prompts, attach, check_size, launch, need, open_field, peek, sample,
+                       text_key, torch_rng)
+
+# ----------------------------------------------------------------------------------------------------
+# Settings. 0, None and '' take what the checkpoint's run had
+ckpt = ''                           # run folder, checkpoint, adapter (folder, file or hub id); '' is the base
+ema = True                          # the averaged weights, where the checkpoint has them
+scale = 1.0                         # of the adapter; 0 is the base
+model = ''                          # diffusers folder or hub id
+family = ''                         # see train_opd.py
+prompt = ''                         # several with | between
+prompts = ''                        # or a .txt, .csv or .jsonl file of them, with source_image for edits
+source = ''                         # picture to edit, for prompts that have none of their own
+num = 2                             # pictures a prompt
+seed = 0
+steps = 0                           # Euler steps; without a run 28
+guidance: float | None = None       # classifier-free, 1.0 is none; without a run 1.0
+distilled_guidance: float | None = None  # FLUX's embedded one; without a run 3.5
+max_sequence_length = 0             # text tokens; without a run 256
+height = 0                          # pixels; without a run what the model's configs say, else 1024
+width = 0
+batch_size = 8                      # pictures a forward
+out_dir = 'out/samples'
+dtype = 'auto'                      # auto = bfloat16 on a GPU, float32 on a CPU
+device = ''                         # '' takes a GPU if there is one
+SETTINGS = collect(sys.modules[__name__])
+AHEAD = 128                         # prompts that are encoded in one visit of the text encoders
+SHEET = 32                          # prompts that grid.png shows
+
+
+def locate(c):
+    """(path of the adapter or '', settings of the run that made it or {})."""
+    if not c.ckpt:
+        return '', {}
+    folder = Path(c.ckpt).expanduser()
+    folder = folder / 'latest' if (folder / 'latest').exists() else folder
+    folder = folder / 'ema' if c.ema and (folder / 'ema').is_dir() else folder
+    path = merge_lora.find(folder if folder.exists() else c.ckpt)
+    run = path.parent.parent                                           # if it is that of a run's start
+    for meta in (path.parent / 'meta.json', run / 'meta.json', run / 'latest' / 'meta.json'):
+        if meta.is_file():
+            try:
+                return path, json.loads(meta.read_text())['settings']
+            except (ValueError, KeyError, TypeError) as e:
+                raise BadInput(f'{meta} is damaged ({e!r}); give another checkpoint of the run') from e
+    return path, {}
+
+
+def fill(c, run):
+    """What was not given: from the run, else from the model's configs, which are returned with its name."""
+    nameless = f'{c.ckpt} has no meta.json that would name its model: give --model'
+    need(c.model or run.get('model'), nameless if c.ckpt else 'give --ckpt, or --model for a base')
+    same = c.model in ('', run.get('model'))
+    c.model, c.family = c.model or run['model'], c.family or (run.get('family', '') if same else '')
+    name, configs = peek(c.model, c.family)
+    net, vae = configs.get('transformer') or configs.get('unet') or {}, configs.get('vae', {})
+    latent = net.get('sample_size') or 0
+    size = run.get('resolution') or latent * 2 ** (len(vae.get('block_out_channels', 'four')) - 1) or 1024
+    h, w = (size, size) if isinstance(size, int) else size
+    c.height, c.width, c.steps = c.height or h, c.width or w, c.steps or run.get('sample_steps', 28)
+    c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 256)
+    if c.guidance is None:                                             # train_opd.py's, train_teacher.py's
+        c.guidance = run.get('rollout_guidance', run.get('guidance', 1.0))
+    if c.distilled_guidance is None:
+        c.distilled_guidance = run.get('distilled_guidance', 3.5)
+    return name, configs
+
+
+def read_rows(c, run):
+    """The prompts as rows of data, each with its source picture if there is one."""
+    need(not (c.prompt and c.prompts), 'give --prompt or --prompts, not both')
+    if c.prompt:
+        rows = [dict(prompt=p.strip()) for p in c.prompt.split('|') if p.strip()]
+    else:
+        files = [c.prompts] if c.prompts else run.get('eval_data') or run.get('data') or []
+        buckets, errors = read_data(files)
+        need(not errors, '; '.join(errors[:5]))
+        most = len if c.prompts else lambda b: min(3, len(b))          # a few of each bucket that the run had
+        rows = [b[i] for b in buckets.values() for i in range(most(b))]
+    need(rows, 'no prompt: give --prompt="one|another", or --prompts=file.txt')
+    return [dict(prompt=r['prompt'], source_image=r.get('source_image') or c.source) for r in rows]
+
+
+def render(c, models, prompts, who, todo):
+    """Pictures in [0, 1] of samples that all have a source picture, or all have none."""
+    field, h, w = models.field, c.height, c.width
+    cond, empty = prompts.conditions([s.row for s in todo], h, w)
+    noise = [torch.randn(field.shape(h, w), generator=torch_rng(c.seed, s.prompt, s.image)) for s in todo]
+    z = field.start(torch.stack(noise).to(field.device), c.steps, h, w)
+
+    def velocity(z, s, alive):
+        return models.velocity(who, z, s, [cond[j] for j in alive], [empty[j] for j in alive], c.guidance)
+    z = sample(velocity, z, field.sigmas(c.steps, h, w).to(field.device))
+    return [field.decode(x[None])[0].cpu() for x in z]                 # singly: decoders need much memory
+
+
+def small(x, most=384):
+    """For the sheet: at most so many pixels a side."""
+    k = max(x.shape[-2:]) / most
+    size = [round(n / k) for n in x.shape[-2:]]
+    return x if k <= 1 else torch.nn.functional.interpolate(x[None], size=size, mode='area')[0]
+
+
+def check(c):
+    """Everything that can be known before weights are loaded."""
+    for k in ('num', 'batch_size', 'steps', 'height', 'width', 'max_sequence_length'):
+        least = int(k in ('num', 'batch_size'))
+        need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
+    kinds = 'auto', 'float32', 'bfloat16', 'float16'
+    need(c.dtype in kinds, f'dtype: {c.dtype!r} is not one of {", ".join(kinds)}')
+    path, run = locate(c)
+    name, configs = fill(c, run)
+    rows = read_rows(c, run)
+    paths = {r['source_image'] for r in rows} - {''}
+    sources = {p: small(load_image(p, c.height, c.width) / 2 + 0.5) for p in paths}
+    check_size(name, configs, c.height, c.width, bool(sources))
+    return path, merge_lora.read_adapter(path) if path else {}, rows, sources
+
+
+@torch.no_grad()
+def main(argv):
+    c = configure(SETTINGS, argv)
+    path, adapter, rows, sources = check(c)
+    device = launch(c.device).device
+    low = {'auto': 'bfloat16' if device.type == 'cuda' else 'float32'}.get(c.dtype, c.dtype)
+    field = open_field(c.model, getattr(torch, low), device, c.family, c.max_sequence_length,
+                       c.distilled_guidance)
+    configs = dict(vae=dict(field.vae.config), transformer=dict(field.net.config))
+    check_size(type(field.pipe).__name__, configs, c.height, c.width, bool(sources))  # a hub id's, now
+    models, encoded, who = Models(field), Prompts(field), 'student' if adapter else 'base'
+    if adapter:
+        adapter = models.fit(adapter, c.ckpt)
+        attach(field.net, who, {k: (A, B, s * c.scale) for k, (A, B, s) in adapter.items()})
+        models.refresh()
+    print(f'{path or "the base"} on {c.model}: {c.height} x {c.width} pixels, {c.steps} steps, '
+          f'guidance {c.guidance}')
+
+    out, sheet = Path(c.out_dir), {}
+    out.mkdir(parents=True, exist_ok=True)
+    encoded.add([('', False), ('', True)], keep=True)
+    for at in range(0, len(rows), AHEAD):
+        some = list(enumerate(rows))[at:at + AHEAD]
+        encoded.add(text_key(r) for _, r in some)
+        for sourced in (False, True):                                  # the two cannot share a forward
+            todo = [SimpleNamespace(prompt=i, image=k, row=r) for i, r in some for k in range(c.num)
+                    if bool(r['source_image']) == sourced]
+            for batch in (todo[j:j + c.batch_size] for j in range(0, len(todo), c.batch_size)):
+                for s, x in zip(batch, render(c, models, encoded, who, batch)):
+                    file = out / f'{s.prompt:04d}_{s.image}.png'
+                    Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
+                    print(file)
+                    if s.prompt < SHEET:
+                        sheet.setdefault(s.prompt, []).append(small(x))
+    shown = sorted(sheet)
+    lines = [[sources.get(rows[i]['source_image'])] * bool(sources) + sheet[i] for i in shown]
+    heads = ['source'] * bool(sources) + [str(k) for k in range(c.num)]
+    grid(lines, out / 'grid.png', [rows[i]['prompt'] for i in shown], heads)
+    print(out / 'grid.png')
+
+
+if __name__ == '__main__':
+    configurator.run(main)
