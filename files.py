@@ -1,10 +1,10 @@
 """
 Files other than adapters: rows of data in, pictures and checkpoints out. No models here, nothing is random.
 
-Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (paths relative to the file), or a text file
-with a prompt a line. A run folder holds log.jsonl, samples/, and checkpoints step_*/ with a link `latest`.
+Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (paths relative to the file), or a
+text file with a prompt a line. A run has log.jsonl, samples/, checkpoints step_*/ with a link `latest`.
 """
-import array, csv, hashlib, importlib.util, itertools, json, math, os, shutil
+import array, csv, difflib, functools, hashlib, importlib.util, itertools, json, math, os, shutil, sys
 from pathlib import Path
 
 import torch
@@ -14,10 +14,10 @@ from configurator import BadInput
 
 
 class Bucket:
-    """Rows of one task. Only their places in the files are held in memory; a row is read when it is needed."""
+    """Rows of one task. Only their places in the files are held in memory; a row is read when needed."""
 
     def __init__(self, name):
-        self.name, self.files, self.columns, self.place = name, [], [], array.array('Q')
+        self.name, self.files, self.columns, self.place, self.sources = name, [], [], array.array('Q'), 0
 
     def add(self, path, columns, offset):
         if not self.files or self.files[-1] != path:
@@ -35,7 +35,7 @@ class Bucket:
 
 
 def parse_row(path, columns, lines):
-    """The next row as a dict with prompt, task, source_image, target_image; pictures as full paths, '' for none."""
+    """The next row: dict of prompt, task, source_image, target_image; pictures as full paths, '' for none."""
     if path.endswith('.jsonl'):
         row = json.loads(next(lines))
     elif columns:
@@ -49,7 +49,7 @@ def parse_row(path, columns, lines):
 
 
 def read_data(paths):
-    """Files -> {name: Bucket}. A row goes to the bucket that its `task` names, else to its file's. One pass."""
+    """Files -> {name: Bucket}. A row goes to the bucket its `task` names, else its file's. One pass."""
     buckets, errors = {}, []
     for path in map(str, paths):
         if not os.path.isfile(path):
@@ -81,6 +81,7 @@ def read_data(paths):
                 if row.get('prompt'):
                     name = row.get('task') or Path(path).stem.removesuffix('_val')
                     buckets.setdefault(name, Bucket(name)).add(path, columns, start)
+                    buckets[name].sources += bool(row['source_image'])
                 elif row.get('source_image'):
                     errors.append(f'{path}: a row without a prompt near byte {start}')
     return buckets, errors
@@ -97,8 +98,8 @@ def check_rows(bucket, need_target=False):
                     with Image.open(row[k]) as im:
                         sizes[k] = im.size
             except (OSError, ValueError) as e:
-                errors.append(f'{bucket.name}: {k} {row[k]} ' + ('does not exist' if not os.path.exists(row[k])
-                                                                 else f'does not open ({e})'))
+                errors.append(f'{bucket.name}: {k} {row[k]} ' +
+                              ('does not exist' if not os.path.exists(row[k]) else f'does not open ({e})'))
         if len(sizes) == 2:
             (a, b), (c, d) = sizes.values()
             if abs(math.log(a * d / (b * c))) > 0.05:
@@ -121,11 +122,12 @@ def load_image(path, height, width):
         s = min(w / width, h / height)
         box = ((w - s * width) / 2, (h - s * height) / 2, (w + s * width) / 2, (h + s * height) / 2)
         im = im.resize((width, height), Image.LANCZOS, box=box)
-    return torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1) / 127.5 - 1
+    return torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(height, width,
+                                                                             3).permute(2, 0, 1) / 127.5 - 1
 
 
 def grid(rows, path, captions=None, heads=None, scale=None):
-    """Rows of pictures (tensors in [0, 1] or None) as one PNG; a caption under each row, a head over each column."""
+    """Rows of pictures (tensors in [0, 1] or None) as one PNG; captions below rows, heads above columns."""
     h, w = next(x for r in rows for x in r if x is not None).shape[-2:]
     k = scale or max(1, 120 // h)
     H, W, top, foot = h * k, w * k, 16 if heads else 0, 16 if captions else 0
@@ -151,7 +153,8 @@ def grid(rows, path, captions=None, heads=None, scale=None):
 
 def curve(log, path, keys, size=(640, 320)):
     """A line a key over the steps, on a log scale, as a PNG."""
-    series = {k: [(r['step'], r[k]) for r in log if isinstance(r.get(k), float) and 0 < r[k] < math.inf] for k in keys}
+    series = {k: [(r['step'], r[k]) for r in log if isinstance(r.get(k), float) and 0 < r[k] < math.inf]
+              for k in keys}
     series = {k: v for k, v in series.items() if len(v) > 1}
     if not series:
         return
@@ -161,18 +164,20 @@ def curve(log, path, keys, size=(640, 320)):
     pen = ImageDraw.Draw(out)
     for n, (k, line) in enumerate(series.items()):
         colour = ['#c03030', '#3050c0', '#30a050', '#a040a0', '#c08020', '#209090', '#606060'][n % 7]
-        pen.line([(50 + (w - 60) * (x - min(xs)) / max(1, max(xs) - min(xs)),
-                   h - 20 - (h - 40) * (math.log(y) - lo) / (hi - lo)) for x, y in line], fill=colour, width=2)
+        pen.line([(50 + (w - 60) * (x - min(xs)) / max(1, max(xs) - min(xs)), h - 20 - (h - 40) *
+                   (math.log(y) - lo) / (hi - lo)) for x, y in line], fill=colour, width=2)
         pen.text((w - 150, 6 + 13 * n), k, fill=colour)
     pen.text((4, 14), f'{max(ys):.3g}', fill='black'), pen.text((4, h - 30), f'{min(ys):.3g}', fill='black')
-    pen.text((50, h - 16), f'step {min(xs)}', fill='black'), pen.text((w - 80, h - 16), f'{max(xs)}', fill='black')
+    pen.text((50, h - 16), f'step {min(xs)}', fill='black'), pen.text((w - 80, h - 16), f'{max(xs)}',
+                                                                      fill='black')
     out.save(path)
 
 
 def sha256(path):
     """Of a file, or of all the weight files of a folder; '' where there is nothing of that name here."""
     path, h = Path(path), hashlib.sha256()
-    path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)   # of a pipeline, the denoiser
+    # of a pipeline, the denoiser
+    path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)
     for f in [path] if path.is_file() else sorted(path.rglob('*.safetensors')):
         with open(f, 'rb') as g:
             while part := g.read(1 << 22):
@@ -181,13 +186,13 @@ def sha256(path):
 
 
 def newest(out):
-    """The newest whole checkpoint of a run folder, or None. A checkpoint is renamed into place when it is whole."""
+    """The newest whole checkpoint of a run folder, or None. It is renamed into place when whole."""
     found = sorted(p for p in Path(out).glob('step_*') if (p / 'meta.json').exists())
     return found[-1] if found else None
 
 
 def save_checkpoint(out, step, write, meta, keep):
-    """write(folder) fills it; it is on the disk before it has its name, and `latest` points to a whole one always."""
+    """write(folder) fills it; it is on disk before it has its name, and `latest` is always a whole one."""
     out, name = Path(out), f'step_{step:06d}'
     for old in out.glob('.writing*'):                                  # what a killed process left
         shutil.rmtree(old, ignore_errors=True)
@@ -212,33 +217,47 @@ def claim(out, resume, meta):
     """A run folder for a new run, or the checkpoint that is resumed. Refuses to write over another run."""
     last = newest(out)
     if not resume:
-        if last and last.name == 'step_000000':                        # nothing was learned yet: nothing is lost
+        if last and last.name == 'step_000000':                # nothing was learned yet: nothing is lost
             shutil.rmtree(last)
         elif last:
-            raise BadInput(f'{out} holds another run (at {last.name}); continue it with --init_from=resume, or choose '
-                           f'another --out_dir')
+            raise BadInput(f'{out} holds another run (at {last.name}); continue it with --init_from=resume, '
+                           'or choose another --out_dir')
         return None
     if not last:
-        raise BadInput(f'{out} has no whole checkpoint to resume from; start the run without init_from=resume')
+        raise BadInput(f'{out} has no whole checkpoint to resume from; start the run without '
+                       'init_from=resume')
     old = json.loads((last / 'meta.json').read_text())
     for name, t in meta['teachers'].items():
         before = old['teachers'].get(name)
         if before is None or before['sha256'] != t['sha256']:
-            raise BadInput(f'the run in {out} had another teacher "{name}" ({(before or {}).get("path")}, now '
-                           f'{t["path"]}); give the same one, or start a new run in another --out_dir')
+            raise BadInput(f'the run in {out} had another teacher "{name}" ({(before or {}).get("path")}, '
+                           f'now {t["path"]}); give the same one, or start a new run in another --out_dir')
     for k, v in meta['settings'].items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
     return last
 
 
+@functools.cache
+def _module(path):
+    spec = importlib.util.spec_from_file_location(f'{path.stem}_{abs(hash(path))}', path)
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    sys.path.insert(0, str(path.parent))                               # for imports of its neighbours
+    try:
+        spec.loader.exec_module(loaded)
+    finally:
+        sys.path.remove(str(path.parent))
+    return loaded
+
+
 def load_function(spec):
     """'path/file.py:function' -> the function."""
     path, _, name = spec.rpartition(':')
-    if not os.path.isfile(path):
-        raise BadInput(f'{spec}: no such file {path!r}; it should read path/file.py:function')
-    module = importlib.util.module_from_spec(s := importlib.util.spec_from_file_location(Path(path).stem, path))
-    s.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise BadInput(f'{spec}: {path} has no function {name!r}')
-    return getattr(module, name)
+    if not path.endswith('.py') or not Path(path).is_file():
+        raise BadInput(f'{spec}: no such file {path!r}; a function is named as path/file.py:function')
+    there = {k: v for k, v in vars(_module(Path(path).resolve())).items() if callable(v)}
+    if name not in there:
+        near = difflib.get_close_matches(name, there, 1)
+        raise BadInput(f'{spec}: {path} has no such function' +
+                       (f', did you mean {near[0]}?' if near else f', but {", ".join(sorted(there)[:9])}'))
+    return there[name]

@@ -51,7 +51,7 @@ def find(path):
         if text[0] in './~' or len(parts) < 2 or '' in parts or os.path.exists(parts[0]):
             raise BadInput(f'no such adapter: {path} (a local path, or a hub id owner/repo[/sub/folder])')
         local = _fetch('/'.join(parts[:2]), '/'.join(parts[2:]))
-    if (local / 'latest').exists():  # the folder of a run: its newest checkpoint, averaged weights if it has them
+    if (local / 'latest').exists():  # a run's folder: its newest checkpoint, averaged weights if it has them
         local = local / 'latest'
         local = local / 'ema' if (local / 'ema').is_dir() else local
     if local.is_file():

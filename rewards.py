@@ -16,7 +16,7 @@ Left out: rewards that need an environment of their own (OCR, GenEval, vision-la
 
 python -c "import rewards, torch; print(rewards.load('jpeg')(torch.rand(2, 3, 64, 64), [{}, {}]))"
 """
-import base64, difflib, functools, http.client, importlib.util, io, json, math, sys, time, urllib.request
+import base64, difflib, functools, http.client, io, json, math, time, urllib.request
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configurator import BadInput
+from files import load_function as from_file
 
 BATCH = 16
 WORLD = Path(__file__).parent / 'data' / 'shapes' / 'world.py'
@@ -131,27 +132,6 @@ def aesthetic(device, weights='', name=CLIP_L):
 
 # ---------------------------------------------------------------------------------------------- your own
 
-@functools.cache
-def module(path):
-    spec = importlib.util.spec_from_file_location(f'{path.stem}_{abs(hash(path))}', path)
-    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-    sys.path.insert(0, str(path.parent))                                     # for imports of its neighbours
-    try:
-        spec.loader.exec_module(loaded)
-    finally:
-        sys.path.remove(str(path.parent))
-    return loaded
-
-
-def from_file(name):
-    """'path/file.py:function' -> the function."""
-    path, _, function = name.rpartition(':')
-    if not path.endswith('.py') or not Path(path).is_file():
-        raise BadInput(f'{name}: no such file in {Path.cwd()}; a function is named as file.py:function')
-    there = {k: v for k, v in vars(module(Path(path).resolve())).items() if callable(v)}
-    return there[known(function, there, f'function in {path}')]
-
-
 def known(name, names, what):
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
@@ -198,8 +178,20 @@ BUILT_IN = {'shapes': shapes, 'shapes_smooth': lambda device: from_file(f'{WORLD
 MODELS = {'clip': clip, 'pickscore': pickscore, 'aesthetic': aesthetic}
 
 
+def check(name):
+    """Is this the name of a reward? For a start: no weights are loaded."""
+    if '.py' in name:
+        from_file(name)
+    elif not name.startswith(('http://', 'https://')):
+        kind, *where = name.split('@')
+        known(kind, [*BUILT_IN, *MODELS, 'http://...', 'file.py:function'], 'reward')
+        if len(where) > 2 * (kind in MODELS):
+            raise BadInput(f'{name}: {kind} takes {"at most two @" if kind in MODELS else "no @"}')
+
+
 def load(name, device='cpu', **options):
     """A name from the list on top -> the reward; `options` are those of `remote`."""
+    check(name)
     if name.startswith(('http://', 'https://')):
         return remote(name, **options)
     if options:
@@ -207,9 +199,6 @@ def load(name, device='cpu', **options):
     if '.py' in name:
         return from_file(name)
     kind, *where = name.split('@')
-    known(kind, [*BUILT_IN, *MODELS, 'http://...', 'file.py:function'], 'reward')
-    if len(where) > 2 * (kind in MODELS):
-        raise BadInput(f'{name}: {kind} takes {"at most two @" if kind in MODELS else "no @"}')
     return (BUILT_IN | MODELS)[kind](str(device), *where)
 
 

@@ -1,19 +1,19 @@
 """
 On-policy distillation (OPD) of flow-matching image generators, in one file.
 
-A student samples with its own current weights. At states z_sigma that it visited itself, a frozen teacher chosen for
-that sample (a skill, an edit, a style, guidance itself) says which velocity it would have had; the student learns it.
-Several specialists become one model. Student and LoRA teachers are adapters on one frozen base.
+A student samples with its own current weights. At states z_sigma that it visited itself, a frozen teacher
+chosen for that sample (a skill, an edit, a style, guidance itself) says which velocity it would have had; the
+student learns it. Several specialists become one model, adapters on one frozen base like the student.
 
-    python train_opd.py                                        the demonstration: shapes, CPU, about ten minutes
-    python train_opd.py config/sd35_edit.py --lr=1e-4          one GPU: a config file, then single settings
+    python train_opd.py                                      the demonstration: shapes, CPU, about ten minutes
+    python train_opd.py config/sd35_edit.py --lr=1e-4        one GPU: a config file, then single settings
     torchrun --nproc_per_node=8 train_opd.py config/sd35_edit.py
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train_opd.py config/sd35_edit.py
-    python train_opd.py config/sd35_edit.py --dry_run          checks settings and data, loads nothing
+    python train_opd.py config/sd35_edit.py --dry_run        checks settings and data, loads nothing
     python train_opd.py config/sd35_edit.py --init_from=resume
 
-Left out on purpose: full fine-tuning (a LoRA student shares its base with every teacher), FSDP (the base is frozen),
-step distillation, adversarial losses; learning from rewards is train_teacher.py's.
+Left out on purpose: full fine-tuning (a LoRA student shares its base with every teacher), FSDP (the base is
+frozen), step distillation, adversarial losses; learning from rewards is train_teacher.py's.
 One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 """
 import contextlib, copy, glob, itertools, json, math, os, random, resource, signal, sys, time
@@ -28,11 +28,11 @@ from tqdm import tqdm
 import configurator
 import merge_lora
 from configurator import BadInput, collect, configure
-from files import (check_rows, claim, curve, grid, load_function, load_image, newest, read_data, save_checkpoint,
-                   sha256)
+from files import (check_rows, claim, curve, grid, load_function, load_image, newest, read_data, sha256,
+                   save_checkpoint)
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: these are the demonstration's. A config file or --key=value overrides them; only the last two rooms,
+# Settings: these are the demonstration's. A config file or --key=value overrides them; only the last rooms,
 # the run and the training, read them. In brackets the papers' values.
 # model
 model = 'data/shapes/base'          # diffusers folder or hub id
@@ -41,28 +41,28 @@ dtype = 'auto'                      # of the frozen base: auto = bfloat16 on a G
 device = ''                         # '' takes a GPU if there is one
 resolution: int | list = 24         # pixels: one number, or [height, width]
 max_sequence_length = 256           # text tokens, at most what the tokenizer allows
-distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5); other families have none
-# teachers: lora and checkpoint both None is the frozen base; guidance 1.0 is none; weight: for mixing = 'soft'
+distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5); others have none
+# teachers: neither lora nor checkpoint is the frozen base; guidance 1.0 is none; weight: for mixing = 'soft'
 teachers = [
     dict(name='base'),
     dict(name='count', lora='data/shapes/teachers/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
     dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
 teacher_offload = False             # keep full-checkpoint teachers on the CPU between uses
-# routes: which teacher answers for which bucket; weight, or samples where routes share a step in unequal parts
+# routes: which teacher answers for which bucket; weight, or samples where routes share a step unequally
 routes = [
     dict(teacher='base', data='t2i', samples=4),
     dict(teacher='count', data='count', samples=4),
     dict(teacher='local_edit', data='local_edit', samples=16),
     dict(teacher='global_edit', data='global_edit', samples=10)]
-routes_per_step: int | str = 'all'  # 1: one route a step (DanceOPD); 'all' (DiffusionOPD); 'sample': each its own
-cycle: list = []                    # with 1: a fixed order of buckets, as ['ocr', 'geneval', 'geneval', 'geneval']
+routes_per_step: int | str = 'all'  # 1 a step (DanceOPD); 'all' (DiffusionOPD); 'sample': each its own
+cycle: list = []                    # with 1: a fixed order of buckets, as ['ocr', 'geneval', 'geneval']
 mixing = 'hard'                     # 'soft': each target is the weighted mean of all teachers' (ablation)
-# data: CSV, JSONL or TXT; a row's bucket is its `task`, else the file's name. Held-out files: same names, or + _val
+# data: CSV, JSONL or TXT; a row's bucket is its `task`, else its file's name. Held-out: same name, or + _val
 data: list = ['data/shapes/t2i.csv', 'data/shapes/count.csv', 'data/shapes/local_edit.csv',
               'data/shapes/global_edit.csv']
 eval_data: list = ['data/shapes/t2i_val.csv', 'data/shapes/count_val.csv', 'data/shapes/local_edit_val.csv',
-                   'data/shapes/global_edit_val.csv']   # a bucket that has none is evaluated on its training rows
+                   'data/shapes/global_edit_val.csv']   # a bucket without is evaluated on its training rows
 cache_gb = 4.0                      # embeddings kept in memory; if not all prompts fit, chunk by chunk
 encode_every = 50                   # steps whose prompts are encoded in one visit of the text encoders
 # student
@@ -76,15 +76,15 @@ eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OP
 sde = 'flow'                        # 'flow', 'dance', 'cps'
 rollout_guidance = 1.0              # classifier-free guidance while rolling out; 1.0 is none, in every family
 student_guidance = 1.0              # and in the loss; each teacher has its own
-states = 'student'                  # off-policy ablations: 'data' (noised target images), 'teacher' (its rollouts)
+states = 'student'                  # ablations, off-policy: 'data' (noised targets), 'teacher' (its rollouts)
 # method
 method = 'danceopd'                 # 'danceopd', 'diffusionopd', 'flowopd'
 queries = 1                         # danceopd: K states of a rollout that are learned from
-query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), or 'stratified'
-query_space = 'index'               # or 'sigma': the same biases, on the noise level instead of the step's number
+query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), 'stratified'
+query_space = 'index'               # or 'sigma': the same biases on the noise level, not the step's number
 kl_var = 'true'                     # 'code' leaves out the step's length, as all released code does
 drop_last = False                   # leave out the last step, as DiffusionOPD's release does
-reward = 'k1'                       # flowopd's estimator: 'k1', 'code' (as released), 'paper' (a no-op, to study)
+reward = 'k1'                       # flowopd's: 'k1', 'code' (as released), 'paper' (a no-op, to study)
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
 clip_range = 1e-4                   # flowopd: PPO ratio
@@ -114,7 +114,7 @@ eval_every = 100                    # steps between evaluations (gap by route, a
 eval_samples = 32                   # samples a route in them
 show = 4                            # of which so many are drawn in the picture
 sample_steps = 16                   # Euler steps of those pictures and of the score
-score = 'data/shapes/world.py:score'    # file.py:function(images, rows) -> a number or dict a picture; '': none
+score = 'data/shapes/world.py:score'  # file.py:function(images, rows) -> a number or dict a picture; '': none
 score_samples = 256                 # pictures a route that the score is asked about, at the end
 save_every = 100
 ckpt_keep = 2
@@ -123,8 +123,8 @@ wandb_log = False
 wandb_project = 'train_opd'
 dry_run = False                     # check all that can be checked without weights, print the table, stop
 SETTINGS = collect(sys.modules[__name__])
-DISTILLATION = '''teachers teacher_offload routes routes_per_step cycle mixing rollout_guidance student_guidance states queries
-query query_space kl_var anchor anchor_beta score_samples'''.split()    # not train_teacher.py's
+DISTILLATION = '''teachers teacher_offload routes routes_per_step cycle mixing rollout_guidance
+student_guidance states queries query query_space kl_var anchor anchor_beta score_samples'''.split()  # OPD's
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ def log_prob(x, mean, std):
 
 
 def kl_weight(sigma, sigma_next, eta=0.0, kind='flow', var='true'):
-    """w in KL(student || teacher) = w mean((v_s - v_t)^2), that is c^2 / (2 std^2) with c = d mean / d v; for the
-    ODE the limit d^2 / 2. 'code' divides by 2 g^2 = 2 std^2 / -d, as DiffusionOPD's and Flow-OPD's releases do."""
+    """w in KL(student || teacher) = w mean((v_s - v_t)^2): c^2 / (2 std^2) with c = d mean / d v; for the ODE
+    the limit d^2 / 2. 'code' divides by 2 g^2 = 2 std^2 / -d, as DiffusionOPD and Flow-OPD released it."""
     c, std = transition(torch.zeros_like(sigma), torch.ones_like(sigma), sigma, sigma_next, eta, kind)
     if eta == 0:
         return c ** 2 / 2
@@ -180,15 +180,16 @@ class Field:
     can_edit, patch, prefix, listed = False, 2, 'transformer', True
 
     def __init__(self, pipe, device='cpu', max_sequence_length=256, distilled_guidance=3.5):
-        self.pipe, self.device, self.net, self.vae = pipe, torch.device(device), getattr(pipe, self.prefix), pipe.vae
-        self.max_length, self.distilled_guidance = max_sequence_length, distilled_guidance
+        self.pipe, self.device, self.net = pipe, torch.device(device), getattr(pipe, self.prefix)
+        self.vae, self.max_length, self.distilled_guidance = pipe.vae, max_sequence_length, distilled_guidance
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         for m in (self.net, self.vae, *self.encoders().values()):
             m.requires_grad_(False).eval()
         self.net.to(self.device), self.vae.to(self.device)
 
     def encoders(self):
-        return {k: m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m is not None}
+        parts = self.pipe.components.items()
+        return {k: m for k, m in parts if k.startswith('text_encoder') and m is not None}
 
     def shape(self, height, width):
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
@@ -219,8 +220,9 @@ class Field:
     def decode(self, z):
         """Latents -> pixels in [0, 1]."""
         c = self.vae.config
-        x = self.vae.decode((z / c.scaling_factor + (c.shift_factor or 0)).to(self.vae.dtype)).sample.float()
-        return (x / 2 + 0.5).clamp(0, 1)
+        z = (z / c.scaling_factor + (c.shift_factor or 0)).to(self.vae.dtype)
+        some = max(1, 2 ** 18 // (z.shape[2] * z.shape[3] * self.factor ** 2))  # a quarter megapixel a time
+        return torch.cat([(self.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1) for x in z.split(some)])
 
     def velocity(self, z, sigma, cond):
         """z (B, C, H, W), sigma (B,) float32 -> v float32. Autocast lives here and nowhere else."""
@@ -231,27 +233,30 @@ class Field:
     def blocks(self):
         """The parts of the network that repeat, to be compiled one by one."""
         names = getattr(self.net, '_repeated_blocks', None)
-        return [m for m in self.net.modules() if type(m).__name__ in names] if names else self.net.transformer_blocks
+        some = (m for m in self.net.modules() if type(m).__name__ in names)
+        return list(some) if names else self.net.transformer_blocks
 
     def stack(self, cond, key):
         return torch.stack([c[key] for c in cond]).to(self.device, self.net.dtype)
 
 
 class SD3(Field):
-    """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a diptych); a
-    transformer with twice as many input as output channels gets it as channels instead."""
+    """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a diptych);
+    a transformer with twice as many input as output channels gets it as channels instead."""
     can_edit, listed = True, False                                     # no list: sigma_min is shifted twice
-    targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj',
-                                     'to_add_out')]
+    targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',
+                                     'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')]
 
     @property
     def patch(self):
         return self.net.config.patch_size
 
     def encode(self, prompts, edit=False):
-        length = min(self.max_length, self.pipe.tokenizer_3.model_max_length if self.pipe.tokenizer_3 else 512)
+        t5 = self.pipe.tokenizer_3
+        length = min(self.max_length, t5.model_max_length if t5 else 512)
         e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device=self.device,
-                                                  do_classifier_free_guidance=False, max_sequence_length=length)
+                                                  do_classifier_free_guidance=False,
+                                                  max_sequence_length=length)
         return [dict(text=a, pooled=b) for a, b in zip(e.cpu(), pooled.cpu())]
 
     def forward(self, z, sigma, cond):
@@ -265,8 +270,8 @@ class SD3(Field):
 
 
 class ZImage(Field):
-    """Z-Image, -Turbo and -Omni (editing). Time runs the other way, the output is negated, captions are ragged. The
-    pipeline's guidance g is c + g (c - u); here as everywhere guidance is w = g + 1, and 1.0 means none."""
+    """Z-Image, -Turbo and -Omni (editing). Time runs backwards, the output is negated, captions are ragged.
+    The pipeline's guidance g is c + g (c - u); here as everywhere it is w = g + 1, and 1.0 means none."""
     targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
 
     def __init__(self, pipe, *a, **k):
@@ -278,7 +283,7 @@ class ZImage(Field):
     def encode(self, prompts, edit=False):
         k = dict(num_condition_images=int(edit)) if self.can_edit else {}
         es, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False,
-                                        max_sequence_length=self.max_length, **k)      # list(): it is overwritten
+                                        max_sequence_length=self.max_length, **k)  # list(): it is overwritten
         return [dict(text=[p.cpu() for p in e] if self.can_edit else e.cpu()) for e in es]
 
     def encode_source(self, path, height, width):
@@ -318,7 +323,8 @@ class Flux(Field):
         """(B, C, H, W) -> (B, HW/4, 4C) by 2 x 2 patches, and their ids (first, row, column)."""
         b, c, h, w = z.shape
         rows, cols = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing='ij')
-        ids = torch.stack([torch.full_like(rows, first), rows, cols], -1).view(-1, 3).to(z.device, self.net.dtype)
+        ids = torch.stack([torch.full_like(rows, first), rows, cols], -1).view(-1, 3)
+        ids = ids.to(z.device, self.net.dtype)
         return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c), ids
 
     def forward(self, z, sigma, cond):
@@ -327,16 +333,16 @@ class Flux(Field):
         if 'source' in cond[0]:
             source, more = self.tokens(self.stack(cond, 'source').to(z.dtype), 1)
             x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
-        out = self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma / 1000, encoder_hidden_states=text,
-                       guidance=torch.full_like(sigma, self.distilled_guidance) if embeds else None,
-                       pooled_projections=self.stack(cond, 'pooled'), img_ids=ids,
+        out = self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma / 1000,
+                       encoder_hidden_states=text, guidance=torch.full_like(sigma, self.distilled_guidance)
+                       if embeds else None, pooled_projections=self.stack(cond, 'pooled'), img_ids=ids,
                        txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)[0][:, :n]
         return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
 class UNet(Field):
     """SD1.x, SD-Turbo, SDXL, SDXL-Turbo with epsilon or v prediction, as a flow: with a = sqrt(abar_t) and
-    b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). An Euler step in z is a DDIM step in x_t."""
+    b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Euler in z is DDIM in x_t."""
     patch, prefix, targets = 1, 'unet', ['to_q', 'to_k', 'to_v', 'to_out.0']
 
     def __init__(self, pipe, *a, **k):
@@ -347,14 +353,14 @@ class UNet(Field):
     def schedule(self, n):
         s = copy.deepcopy(self.pipe.scheduler)
         s.set_timesteps(n)
-        if hasattr(s, 'sigmas'):                                       # the Euler scheduler speaks b / a itself
+        if hasattr(s, 'sigmas'):                               # the Euler scheduler speaks b / a itself
             return s.sigmas.double().cpu(), s.init_noise_sigma
         k = torch.cat([self.noise[s.timesteps.long().cpu()], torch.zeros(1, dtype=torch.float64)])
         return k, (k[0] ** 2 + 1).sqrt()                               # DDIM starts from x_T of unit variance
 
     def sigmas(self, n, height, width):
         k, _ = self.schedule(n)
-        return (k / (1 + k)).float()                                   # from the table's largest, never from 1
+        return (k / (1 + k)).float()                           # from the table's largest, never from 1
 
     def start(self, eps, n, height, width):
         k, scale = self.schedule(n)
@@ -362,8 +368,10 @@ class UNet(Field):
 
     def encode(self, prompts, edit=False):
         if 'text_encoder_2' not in self.pipe.components:
-            return [dict(text=a) for a in self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].cpu()]
-        e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
+            e = self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0]
+            return [dict(text=a) for a in e.cpu()]
+        e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device,
+                                                  do_classifier_free_guidance=False)
         zero = self.pipe.config.force_zeros_for_empty_prompt           # SDXL's empty prompt is nothing at all
         return [dict(text=a * (not zero or bool(p)), pooled=b * (not zero or bool(p)))
                 for p, a, b in zip(prompts, e.cpu(), pooled.cpu())]
@@ -372,7 +380,7 @@ class UNet(Field):
         s, last = col(sigma), len(self.noise) - 1
         a, b = (1 - s) / (s ** 2 + (1 - s) ** 2).sqrt(), s / (s ** 2 + (1 - s) ** 2).sqrt()
         x, k = z * (a + b), (sigma.double() / (1 - sigma.double())).cpu()
-        hi = torch.searchsorted(self.noise, k).clamp(1, last)          # sigma -> t by the table, between its rows too
+        hi = torch.searchsorted(self.noise, k).clamp(1, last)  # sigma -> t by the table, also between rows
         t = (hi - 1 + (k - self.noise[hi - 1]) / (self.noise[hi] - self.noise[hi - 1])).clamp(0, last)
         t = torch.where((t - t.round()).abs() < 0.02, t.round(), t).float().to(self.device)
         extra = {}
@@ -380,33 +388,40 @@ class UNet(Field):
             h, w = z.shape[2] * self.factor, z.shape[3] * self.factor
             ids = torch.tensor([h, w, 0, 0, h, w], device=self.device, dtype=self.net.dtype).expand(len(z), 6)
             extra = dict(added_cond_kwargs=dict(text_embeds=self.stack(cond, 'pooled'), time_ids=ids))
-        m = self.net(x.to(self.net.dtype), t, encoder_hidden_states=self.stack(cond, 'text'), **extra).sample.float()
+        m = self.net(x.to(self.net.dtype), t, encoder_hidden_states=self.stack(cond, 'text'),
+                     **extra).sample.float()
         if self.pipe.scheduler.config.prediction_type == 'v_prediction':
             return (a * m + b * x) - (a * x - b * m)                   # eps - x0
         return m - (x - b * m) / a
 
 
-FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage, FluxPipeline=Flux,
-                FluxKontextPipeline=Flux, StableDiffusionPipeline=UNet, StableDiffusionXLPipeline=UNet)
+FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage,
+                FluxPipeline=Flux, FluxKontextPipeline=Flux, StableDiffusionPipeline=UNet,
+                StableDiffusionXLPipeline=UNet)
 EDITORS = 'StableDiffusion3Pipeline', 'ZImageOmniPipeline', 'FluxKontextPipeline'
 REMAKE = '; make it with: python data/shapes/prepare.py'
 
 
+def is_hub_id(path):
+    """Neither something that is here nor something that could only be here."""
+    return not Path(path).expanduser().exists() and not path.startswith(('.', '/', '~', 'data/', 'out/'))
+
+
 def known(name, path):
-    need(name in FAMILIES, f'{path}: {name} is not a family that is known here; known are: {", ".join(FAMILIES)}')
+    need(name in FAMILIES, f'{path}: {name} is not a family known here; known are: {", ".join(FAMILIES)}')
 
 
 def peek(path, family=''):
-    """What can be known without weights: (pipeline's name, {component: config}); of a hub id, the name given."""
+    """What is known without weights: (pipeline's name, {component: config}); of a hub id the name given."""
     configs = {}
     for f in glob.glob(f'{path}/*/config.json') + glob.glob(f'{path}/model_index.json'):
         try:
-            configs[Path(f).parent.name if f.endswith('/config.json') else 'index'] = json.loads(Path(f).read_text())
+            part = Path(f).parent.name if f.endswith('/config.json') else 'index'
+            configs[part] = json.loads(Path(f).read_text())
         except ValueError as e:
             raise BadInput(f'{f} is damaged ({e}); fetch the model again')
-    local = Path(path).exists() or path.startswith(('.', '/', '~', 'data/', 'out/'))
-    need(not local or 'index' in configs, f'{path} is not a diffusers model folder: it has no model_index.json'
-         + REMAKE * ('shapes' in path))
+    need(is_hub_id(path) or 'index' in configs, f'{path} is no diffusers folder: it has no model_index.json' +
+         REMAKE * ('shapes' in path))
     name = family or configs.get('index', {}).get('_class_name', '')
     if name:
         known(name, path)
@@ -419,17 +434,18 @@ def check_size(name, configs, height, width, editing):
     patch = net.get('patch_size', 2) if sd3 else FAMILIES[name].patch if name else 2
     unit = 2 ** (len(vae['block_out_channels']) - 1 if vae else 3) * patch
     for what, x in (('height', height), ('width', width)):
-        need(x >= unit and x % unit == 0, f'resolution: {name or "this model"} takes a {what} in multiples of {unit} '
-             f'pixels, not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
+        need(x >= unit and x % unit == 0, f'resolution: {name or "this model"} takes a {what} in '
+             f'multiples of {unit} pixels, not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
     need(not editing or not name or name in EDITORS, f'{name} cannot edit a source image; these can: '
          f'{", ".join(EDITORS)}. Take source_image out of the data, or another model')
     wide = 2 if editing and net.get('in_channels') == net.get('out_channels') else 1
     most = net.get('pos_embed_max_size', 10 ** 6) if sd3 else 10 ** 6
     need(height // unit <= most and wide * width // unit <= most, f'resolution: {height} x {width}'
-         f'{" as a diptych" * (wide - 1)} is larger than this model\'s position table of {most * unit} pixels')
+         f'{" as a diptych" * (wide - 1)} is larger than this model\'s position table, {most * unit} pixels')
 
 
-def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_length=256, distilled_guidance=3.5):
+def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_length=256,
+               distilled_guidance=3.5):
     """A diffusers folder or hub id -> its field, with the weights loaded."""
     name, _ = peek(path, family)
     import transformers
@@ -444,12 +460,12 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
         pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype, **skip)
     except BadInput:
         raise
-    except Exception as e:                                             # whatever it was, it must be fetched again
-        local = 'some file of the folder is missing or damaged: fetch or make it again' if Path(path).exists() else \
+    except Exception as e:                                             # whatever it was: to be fetched again
+        local = 'a file of it is missing or damaged: fetch or make it again' if Path(path).exists() else \
             'download it, or give a local folder; gated models need: hf auth login'
         raise BadInput(f'model {path} could not be loaded: {local}{REMAKE * ("shapes" in path)}. It said: '
                        f'{str(e).strip()[:300]}')
-    if dtype != torch.float32 and name != 'ZImageOmniPipeline':        # Omni's pipeline encodes in its own dtype
+    if dtype != torch.float32 and name != 'ZImageOmniPipeline':  # Omni's pipeline encodes in its own dtype
         pipe.vae.to(torch.float32)
     return FAMILIES[name](pipe, device, max_sequence_length, distilled_guidance)
 
@@ -458,7 +474,7 @@ def guided(field, z, sigma, cond, empty=None, w=1.0):
     """v_empty + w (v_cond - v_empty), both in one forward; no unconditional forward at w = 1."""
     if w == 1:
         return field.velocity(z, sigma, cond)
-    v, v_empty = field.velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), list(cond) + list(empty)).chunk(2)
+    v, v_empty = field.velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), [*cond, *empty]).chunk(2)
     return v_empty + w * (v - v_empty)
 
 
@@ -499,8 +515,10 @@ class Models:
 
     def fit(self, adapter, what):
         """An adapter's tensors under this net's names; all must land."""
-        layers = [(k.removesuffix('.base_layer'), m) for k, m in self.field.net.named_modules() if 'lora_' not in k]
-        shapes = {k: tuple(m.weight.shape) for k, m in layers if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        net = self.field.net.named_modules()
+        layers = [(k.removesuffix('.base_layer'), m) for k, m in net if 'lora_' not in k]
+        kinds = torch.nn.Linear, torch.nn.Conv2d
+        shapes = {k: tuple(m.weight.shape) for k, m in layers if isinstance(m, kinds)}
         return merge_lora.fit(adapter, shapes, what)
 
     def load_full(self, path):
@@ -509,8 +527,8 @@ class Models:
             sub = None if (Path(path) / 'config.json').exists() else self.field.prefix
             net = type(own).from_pretrained(path, subfolder=sub, dtype=own.dtype)
         except Exception as e:
-            raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a diffusers '
-                           f'folder or hub id of the same family. It said: {str(e).strip()[:300]}')
+            raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
+                           f'diffusers folder or hub id of the same family. It said: {str(e).strip()[:300]}')
         for k in ('in_channels', 'out_channels'):
             need(net.config.get(k) == own.config.get(k),
                  f'checkpoint {path} has {k} {net.config.get(k)}, the base {own.config.get(k)}')
@@ -519,7 +537,7 @@ class Models:
     def refresh(self):
         from peft.tuners.tuners_utils import BaseTunerLayer
         self.layers = [m for m in self.field.net.modules() if isinstance(m, BaseTunerLayer)]
-        for n, p in self.field.net.named_parameters():                 # attaching an adapter makes it trainable
+        for n, p in self.field.net.named_parameters():         # attaching an adapter makes it trainable
             p.requires_grad_('.student.' in n)
 
     def switch(self, name):
@@ -541,7 +559,7 @@ class Models:
         try:
             return guided(self.field, z, sigma, cond, empty, w)
         finally:
-            self.switch('student')                                     # backward recomputes: it must find the student
+            self.switch('student')                     # backward recomputes: it must find the student
 
 
 class Student:
@@ -550,8 +568,9 @@ class Student:
     def __init__(self, net, rank, alpha, targets, seed=0, init=None, betas=(0.9, 0.99), weight_decay=0.0):
         from peft import LoraConfig
         torch.manual_seed(seed)
-        linear = [k for k, m in net.named_modules() if isinstance(getattr(m, 'base_layer', m), torch.nn.Linear)
-                  and 'lora_' not in k and not k.endswith('.base_layer')]
+        linear = [k for k, m in net.named_modules()
+                  if isinstance(getattr(m, 'base_layer', m), torch.nn.Linear) and 'lora_' not in k
+                  and not k.endswith('.base_layer')]
         hit = lambda k, t: k == t or k.endswith('.' + t)
         lost = [t for t in targets if not any(hit(k, t) for k in linear)]
         need(not lost, f'lora_targets: no linear layer of the model is called {", ".join(lost[:5])}')
@@ -571,7 +590,8 @@ class Student:
         self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
         for p in self.params.values():
             p.data = p.data.float()
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(betas), weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(betas),
+                                           weight_decay=weight_decay)
 
     def tensors(self):
         return {n: p.detach().clone() for n, p in self.params.items()}
@@ -589,7 +609,7 @@ class Student:
                 p.data.copy_(own[n])
 
     def update(self, world, lr, clip, ema_decay=0.0, ema_now=True, flag=0.0):
-        """Sums the gradients of all processes, once, and steps if they are finite: (norm, stepped, summed flag)."""
+        """Sums all processes' gradients, once, and steps if they are finite: (norm, stepped, summed flag)."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params.values()]
         flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([flag], device=grads[0].device)])
         if world.size > 1:
@@ -626,14 +646,14 @@ class Student:
         try:
             state = torch.load(folder / 'train_state.pt', map_location='cpu', weights_only=True)
         except Exception as e:
-            raise BadInput(f'{folder}/train_state.pt cannot be read ({e}); delete {folder} to resume from the '
-                           f'checkpoint before it')
-        same = {n: x.shape for n, x in state['student'].items()} == {n: p.shape for n, p in self.params.items()}
-        need(same, f'{folder} holds another adapter than these settings make: rank, lora_targets and model must be '
-             f'those of its meta.json')
+            raise BadInput(f'{folder}/train_state.pt cannot be read ({e}); delete {folder} to resume from '
+                           f'the checkpoint before it')
+        shapes = lambda tensors: {n: x.shape for n, x in tensors.items()}
+        need(shapes(state['student']) == shapes(self.params), f'{folder} holds another adapter than these '
+             'settings make: rank, lora_targets and model must be those of its meta.json')
         for n, p in self.params.items():
             p.data.copy_(state['student'][n])
-        if state['ema'] and self.ema:                                  # an average that is new starts from here
+        if state['ema'] and self.ema:                          # an average that is new starts from here
             self.ema = {n: x.to(self.params[n].device) for n, x in state['ema'].items()}
         elif self.ema:
             self.ema = self.tensors()
@@ -641,7 +661,7 @@ class Student:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plan: which samples a step has. Nothing random needs to be saved, every stream follows from (seed, step, sample)
+# Plan: which samples a step has. Nothing random need be saved: every stream follows from (seed, step, sample)
 
 def rng(*key):
     return random.Random(repr(key))
@@ -652,8 +672,8 @@ def torch_rng(*key):
 
 
 def draw_indices(r, k, sigmas, bias='low', space='index', slot=0, of=1):
-    """K distinct step numbers of a rollout. `slot` of `of` is this sample's place among those of its route, so that
-    'stratified' spreads a step's queries evenly over the rollout."""
+    """K distinct step numbers of a rollout. `slot` of `of` is this sample's place among those of its route,
+    so that 'stratified' spreads a step's queries evenly over the rollout."""
     n, taken = len(sigmas) - 1, []
     ab = {'low': (5, 2), 'mid': (5, 5), 'high': (2, 5)}.get(bias)
     for j in range(k):
@@ -662,19 +682,20 @@ def draw_indices(r, k, sigmas, bias='low', space='index', slot=0, of=1):
         i = min(int(u * n), n - 1)
         if space == 'sigma':
             i = min(range(n), key=lambda m: abs(float(sigmas[m]) - float(sigmas[0]) * (1 - u)))
-        taken.append(min((m for m in range(n) if m not in taken), key=lambda m: abs(m - i)))   # nearest still free
+        taken.append(min((m for m in range(n) if m not in taken), key=lambda m: abs(m - i)))  # nearest free
     return sorted(taken)
 
 
 def plan(step, seed, routes, sizes, batch, per_step='all', cycle=(), group=1):
-    """The global batch of a step, a pure function: each sample's number, group, route, row, share of the loss, and
-    place in its route. So neither the number of processes nor a resume changes a sample."""
+    """The global batch of a step, a pure function: each sample's number, group, route, row, loss share
+    and place in its route. So neither the number of processes nor a resume changes a sample."""
     n, weights = batch // group, [r.get('weight', 1.0) for r in routes]
     pick = lambda *key: rng(seed, step, *key).choices(range(len(routes)), weights)[0]
     if per_step == 'sample':
         who = [pick(g, 'route') for g in range(n)]
     elif per_step == 'all':
-        who = [i for i, r in enumerate(routes) for _ in range(r.get('samples', batch // len(routes)) // group)]
+        who = [i for i, r in enumerate(routes)
+               for _ in range(r.get('samples', batch // len(routes)) // group)]
     else:
         who = [[r['data'] for r in routes].index(cycle[step % len(cycle)]) if cycle else pick('route')] * n
     out = []
@@ -693,7 +714,7 @@ def text_key(row):
 
 
 class Prompts:
-    """Text embeddings by (prompt, is it an edit). The text encoders visit the device to encode what is missing, and
+    """Text embeddings by (prompt, is it an edit). The text encoders visit the device for what is missing, and
     leave it; `free` drops them for good."""
 
     def __init__(self, field):
@@ -706,7 +727,8 @@ class Prompts:
         """Encodes what is missing. What is not kept lives until the next chunk."""
         keys = list(dict.fromkeys(keys))
         self.chunk = self.chunk if keep else {k: self.chunk[k] for k in keys if k in self.chunk}
-        into, new = self.kept if keep else self.chunk, [k for k in keys if k not in self.kept and k not in self.chunk]
+        into = self.kept if keep else self.chunk
+        new = [k for k in keys if k not in self.kept and k not in self.chunk]
         encoders = self.field.encoders().values() if new else ()
         for m in encoders:
             m.to(self.field.device)
@@ -714,7 +736,8 @@ class Prompts:
             some = [p for p, e in new if e == edit]
             for i in range(0, len(some), 16):
                 with torch.no_grad():
-                    into.update(zip(((p, edit) for p in some[i:i + 16]), self.field.encode(some[i:i + 16], edit)))
+                    into.update(zip(((p, edit) for p in some[i:i + 16]),
+                                    self.field.encode(some[i:i + 16], edit)))
         self.encoded += len(new)
         for m in encoders:
             m.to('cpu')
@@ -741,8 +764,8 @@ class Prompts:
 
 @torch.no_grad()
 def rollout(velocity, z, sigmas, last, eta=0.0, kind='flow', generators=None):
-    """Yields (i, alive, states z[alive] at sigmas[i]) for i = 0, 1, ...; sample j leaves after index last[j]. What is
-    sent back, if anything, is taken as the velocity there, so that nobody computes it twice."""
+    """Yields (i, alive, states z[alive] at sigmas[i]) for i = 0, 1, ...; sample j leaves after index last[j].
+    What is sent back, if anything, is taken as the velocity there, so that nobody computes it twice."""
     alive = range(len(z))
     for i in range(len(sigmas)):
         keep = [k for k, j in enumerate(alive) if last[j] >= i]
@@ -799,15 +822,15 @@ def ppo_loss(logp, logp_old, advantage, clip_range):
 
 
 def flowopd_reward(estimator, logp_teacher, logp_student, kl):
-    """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the drawn action, whose policy
-    gradient is that of -KL. 'paper', 'code': -KL(s), a function of the state alone: as E[A(s) grad log pi] = 0,
-    'paper' teaches nothing and is here to be studied; 'code' keeps the KL's own gradient in the loss below."""
+    """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the drawn action, whose
+    policy gradient is that of -KL. 'paper', 'code': -KL(s), of the state alone: as E[A(s) grad log pi] = 0,
+    'paper' teaches nothing and is here to study; 'code' keeps the KL's own gradient in the loss below."""
     return logp_teacher - logp_student if estimator == 'k1' else -kl
 
 
 def flowopd_loss(logp, logp_old, kl, advantage, estimator, clip_range, adv_clip=5.0):
-    """The policy gradient of one step. 'code', as released: -KL is the advantage and keeps its gradient, and is not
-    centred within the group, which would cancel it."""
+    """The policy gradient of one step. 'code', as released: -KL is the advantage and keeps its gradient, and
+    is not centred within the group, which would cancel it."""
     if estimator == 'code':
         advantage = (-kl).clamp(-adv_clip, adv_clip)
     return ppo_loss(logp, logp_old, advantage, clip_range)
@@ -818,7 +841,8 @@ def flowopd_loss(logp, logp_old, kl, advantage, estimator, clip_range, adv_clip=
 
 def launch(device='', tf32=True):
     """This process among all: rank, size, device. Works with and without torchrun."""
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    rank, size, local = (int(os.environ.get(k, d))
+                         for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     gpu = torch.cuda.is_available() and not device.startswith('cpu')
     device = device or (f'cuda:{local}' if gpu else 'cpu')
     if gpu:
@@ -846,7 +870,17 @@ def learning_rate(step, c):
 
 def score_mean(scores):
     """What a scorer said of some pictures, numbers or dicts whose first value counts, as one number."""
-    return sum(float(next(iter(s.values())) if isinstance(s, dict) else s) for s in scores) / max(1, len(scores))
+    numbers = (next(iter(s.values())) if isinstance(s, dict) else s for s in scores)
+    return sum(map(float, numbers)) / max(1, len(scores))
+
+
+def own_settings(settings, argv):
+    """The settings of this run. With another model the demonstration's eval_data and score mean nothing."""
+    c, default = configure(settings, argv), settings[0]
+    for k, none in (('eval_data', []), ('score', '')):
+        if c.model != default['model'] and getattr(c, k) == default[k]:
+            setattr(c, k, none)
+    return c
 
 
 def need(good, message):
@@ -865,7 +899,9 @@ def check_settings(c, choices, least):
             need(x > 0 if above else x >= int(bound),
                  f'{k} must be {"more than 0" if above else f"at least {bound}"}, not {x}')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
-    need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: one number, or [height, width]')
+    need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: a number, or [height, width]')
+    if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
+        merge_lora.read_adapter(c.init_from)                           # there, whole and readable
 
 
 def check_data(c, labels, need_target=False):
@@ -880,7 +916,7 @@ def check_data(c, labels, need_target=False):
     need(not errors, 'the data has mistakes:\n  ' + '\n  '.join(errors[:20]) +
          (f'\n  and {len(errors) - 20} more' if len(errors) > 20 else ''))
     buckets = {k: buckets[k] for k in labels}
-    editing = any(b[0]['source_image'] for b in buckets.values())
+    editing = any(b.sources for b in buckets.values())
     family, configs = peek(c.model, c.family)
     check_size(family, configs, height, width, editing)
     return SimpleNamespace(height=height, width=width, family=family, buckets=buckets, editing=editing,
@@ -906,14 +942,16 @@ class Run:
             last = newest(c.out_dir) if c.init_from == 'resume' else None
 
         low = 'bfloat16' if world.device.type == 'cuda' else 'float32'
-        self.field = field = open_field(c.model, getattr(torch, low if c.dtype == 'auto' else c.dtype), world.device,
-                                        c.family, c.max_sequence_length, c.distilled_guidance)
-        check_size(type(field.pipe).__name__, dict(vae=dict(field.vae.config), transformer=dict(field.net.config)),
-                   d.height, d.width, d.editing)                       # again: a hub id's configs are known only now
+        self.field = field = open_field(c.model, getattr(torch, low if c.dtype == 'auto' else c.dtype),
+                                        world.device, c.family, c.max_sequence_length, c.distilled_guidance)
+        check_size(type(field.pipe).__name__,
+                   dict(vae=dict(field.vae.config), transformer=dict(field.net.config)), d.height, d.width,
+                   d.editing)                                  # again: a hub id's configs are known only now
         self.models = Models(field, teachers, getattr(c, 'teacher_offload', False))
         if last:                                                       # where the run began is a file of it
             old = json.loads((last / 'meta.json').read_text())
-            settings['init_from'], self.first, self.state = old['settings']['init_from'], old['step'], old['state']
+            settings['init_from'] = old['settings']['init_from']
+            self.first, self.state = old['step'], old['state']
             start = merge_lora.read_adapter(self.out / 'start')
         elif c.init_from in ('base', 'merge'):
             start = init(self.models)
@@ -928,11 +966,12 @@ class Run:
             self.student.load(last)
             self.say(f'resumed {last}')
         elif world.rank == 0:
-            merge_lora.write_adapter(self.out / 'start', self.student.modules(self.start), c.alpha, field.prefix)
+            merge_lora.write_adapter(self.out / 'start', self.student.modules(self.start), c.alpha,
+                                     field.prefix)
         if c.grad_checkpointing:
             field.net.enable_gradient_checkpointing()
         if c.compile:
-            torch._dynamo.config.recompile_limit = 64                  # a graph for each adapter and gradient mode
+            torch._dynamo.config.recompile_limit = 64          # a graph for each adapter and gradient mode
             for block in field.blocks():
                 block.compile(fullgraph=True)
 
@@ -942,7 +981,7 @@ class Run:
         self.prompts = Prompts(field)
         self.prompts.add(keys + [text_key(r) for rows in self.eval_rows.values() for r in rows], keep=True)
         size = sum(map(len, d.buckets.values())) * self.prompts.size(('', False))
-        self.whole = size < c.cache_gb * 1e9                           # all prompts now, or a chunk of steps at a time
+        self.whole = size < c.cache_gb * 1e9           # all prompts now, or a chunk of steps at a time
         if self.whole:
             self.prompts.add((text_key(b[i]) for b in d.buckets.values() for i in range(len(b))), keep=True)
             self.prompts.free()
@@ -956,24 +995,26 @@ class Run:
         c, d, self.log = self.c, self.d, self.out / 'log.jsonl'
         if last and self.log.exists():                                 # forget what came after the checkpoint
             lines = self.log.read_text().splitlines()
-            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]    # a kill cuts a line
+            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]  # a kill cuts one
             self.history = [r for r in whole if r['step'] <= self.first]
         self.log.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
         if c.wandb_log:
             import wandb
-            wandb.init(project=c.wandb_project, name=self.out.name, config=settings, resume='allow', id=self.out.name)
-        for k, b in d.buckets.items():                                 # edit pairs, to be looked at before step 0
-            rows = [b[i] for i in range(min(8, len(b)))] if b[0]['source_image'] and not last else []
+            wandb.init(project=c.wandb_project, name=self.out.name, config=settings, resume='allow',
+                       id=self.out.name)
+        for k, b in d.buckets.items():                         # edit pairs, to be looked at before step 0
+            rows = [b[i] for i in range(min(8, len(b)))] if b.sources and not last else []
             if rows:
                 grid([[self.picture(r['source_image']), self.picture(r['target_image'])] for r in rows],
-                     self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in rows], ['source', 'target'])
+                     self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in rows],
+                     ['source', 'target'])
 
     def picture(self, path):
         return load_image(path, self.d.height, self.d.width) / 2 + 0.5 if path else None
 
     def mine(self, step, routes, per_step='sample', cycle=(), same_noise=False):
-        """This process's samples of a step, whole groups, with their row and random streams: `noise` for the start,
-        `draws` for what follows."""
+        """This process's samples of a step, whole groups, with their row and random streams: `noise` for the
+        start, `draws` for what follows."""
         c, buckets = self.c, [self.d.buckets[r['data']] for r in routes]
         sizes = [len(b) for b in buckets]
         todo = plan(step, c.seed, routes, sizes, c.batch_size, per_step, cycle, c.group_size)
@@ -995,7 +1036,8 @@ class Run:
         cond, empty = self.prompts.conditions([s.data for s in todo], self.d.height, self.d.width)
 
         def velocity(z, s, alive):
-            return self.models.velocity(who, z, s, [cond[j] for j in alive], [empty[j] for j in alive], guidance)
+            return self.models.velocity(who, z, s, [cond[j] for j in alive], [empty[j] for j in alive],
+                                        guidance)
         return cond, empty, self.field.start(self.noise(todo), n, self.d.height, self.d.width), velocity
 
     def noise(self, todo):
@@ -1004,10 +1046,10 @@ class Run:
 
     @torch.no_grad()
     def trajectory(self, todo, sigmas, n, eta, kind, guidance):
-        """n steps of a stochastic rollout kept whole, for policy gradients: states, velocities, log-probabilities."""
+        """n steps of a stochastic rollout, kept for policy gradients: states, velocities, log p."""
         cond, empty, z, velocity = self.begin(todo, len(sigmas) - 1, guidance)
-        t = SimpleNamespace(todo=todo, cond=cond, empty=empty, sigmas=sigmas, eta=eta, kind=kind, guidance=guidance,
-                            z=[], v=[])
+        t = SimpleNamespace(todo=todo, cond=cond, empty=empty, sigmas=sigmas, eta=eta, kind=kind,
+                            guidance=guidance, z=[], v=[])
         walk = rollout(velocity, z, sigmas, [n] * len(todo), eta, kind, [s.draws for s in todo])
         i, alive, z = next(walk)
         while i < n:
@@ -1018,8 +1060,8 @@ class Run:
         return t
 
     def policy(self, t, i, v=None):
-        """The student's velocity at step i of a trajectory (one number, or one a sample), its log-probability of what
-        was drawn there, and the state and sigmas it is about."""
+        """The student's velocity at step i of a trajectory (one number, or one a sample), its log-probability
+        of what was drawn there, and the state and sigmas it is about."""
         b = torch.arange(len(t.todo))
         i = torch.as_tensor(i).expand(len(b))
         z, s, s_next = t.z[i, b], t.sigmas[i], t.sigmas[i + 1]
@@ -1032,7 +1074,8 @@ class Run:
         """Pictures of rows from noise that is the same every time, each process a share of them."""
         d, c, done = self.d, self.c, []
         sigmas = self.field.sigmas(n, d.height, d.width).to(self.world.device)
-        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(c.seed, 'eval', label, i)) for i, r in enumerate(rows)]
+        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(c.seed, 'eval', label, i))
+                for i, r in enumerate(rows)]
         for some in self.chunks(todo[self.world.rank::self.world.size], c.micro_batch * 4):
             with torch.no_grad(), self.student.wearing(tensors):
                 _, _, z, velocity = self.begin(some, n, guidance, who)
@@ -1040,7 +1083,7 @@ class Run:
         return torch.stack([x for _, x in sorted(gather(self.world, done), key=lambda p: p[0])])
 
     def note(self, todo, **numbers):
-        """For the log: numbers of each sample; where one is not finite, its route and sigma are remembered."""
+        """For the log: numbers of each sample; where one is not finite, route and sigma are remembered."""
         for j, s in enumerate(todo):
             one = {k: float(v[j]) for k, v in numbers.items()}
             self.notes.append((s.label, one))
@@ -1054,8 +1097,8 @@ class Run:
                                           (self.step + 1) % c.ema_every == 0, float(self.stop > 0))
         self.skipped, self.stop = self.skipped + (not good), 2 if asked else self.stop
         if s.bad >= c.max_bad_steps:
-            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower lr, or '
-                               f'use dtype=float32. The last checkpoint in {self.out} is from before')
+            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower '
+                               f'lr, or use dtype=float32. The last checkpoint in {self.out} is from before')
 
     def record(self, entry):
         if self.world.rank == 0:
@@ -1073,7 +1116,7 @@ class Run:
             dist.barrier()
 
     def steps(self, evaluate):
-        """The loop: yields a step's samples, this process's share; around that the log, evaluations, checkpoints."""
+        """The loop: yields a step's samples, this process's share; around it log, evaluation, checkpoint."""
         c, off = self.c, True if self.world.rank else None             # None: no bar where nobody watches
         bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=off)
         for self.step in bar:
@@ -1093,7 +1136,7 @@ class Run:
                 raise SystemExit(0)
 
     def report(self, done, bar):
-        """One line, and an entry of log.jsonl: the mean of what was noted since the last, gaps by route as well."""
+        """One line, and an entry of log.jsonl: means of what was noted since the last, gaps by route."""
         notes, self.notes, mean = gather(self.world, self.notes), [], lambda x: sum(x) / len(x)
         gpu, dt = self.world.device.type == 'cuda', time.time() - self.t0
         memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
@@ -1101,14 +1144,15 @@ class Run:
                      seconds=round(dt, 1), memory_gb=round(memory, 2), **self.extra)
         for k in sorted({k for _, n in notes for k in n}):
             entry[k] = (max if k == 'ratio_off' else mean)([n[k] for _, n in notes if k in n])
-        gaps = {r: [n['gap'] for q, n in notes if q == r and 'gap' in n] for r in sorted({q for q, _ in notes})}
+        gaps = {r: [n['gap'] for q, n in notes if q == r and 'gap' in n]
+                for r in sorted({q for q, _ in notes})}
         entry.update({f'train_gap/{r}': mean(g) for r, g in gaps.items() if g})
         self.record(entry)
-        show = {k: f'{entry[k]:.4g}' for k in ('loss', 'gap', 'reward', 'kl', 'sigma', 'ratio_off') if k in entry}
+        show = {k: f'{entry[k]:.4g}' for k in 'loss gap reward kl sigma ratio_off'.split() if k in entry}
         bar.set_postfix(**show, route=notes[-1][0] if notes else '', GB=f'{memory:.1f}')
         if self.world.rank == 0:
-            bar.write(f'step {done:6d}  ' + '  '.join(f'{k} {v}' for k, v in show.items()) +
-                      f'  |grad| {self.norm:.3g}  ' + '  '.join(f'{r} {mean(g):.3f}' for r, g in gaps.items() if g) +
+            bar.write(f'step {done:6d}  ' + '  '.join(f'{k} {v}' for k, v in show.items()) + '  |grad| '
+                      f'{self.norm:.3g}  ' + '  '.join(f'{r} {mean(g):.3f}' for r, g in gaps.items() if g) +
                       f'  {dt / max(1, done - self.first):.2f} s/step  {memory:.1f} GB')
 
     def table(self, rows, name='route'):
@@ -1119,8 +1163,8 @@ class Run:
             print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
             for k, row in rows.items():
                 print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
-            print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples the pictures. '
-                  f'Try: python sample.py --ckpt {self.out}')
+            print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples '
+                  f'the pictures. Try: python sample.py --ckpt {self.out}')
         if self.world.size > 1:
             dist.destroy_process_group()
 
@@ -1130,71 +1174,78 @@ class Run:
 
 def check(c):
     """Everything that can be known before weights are loaded."""
-    check_settings(c, dict(
-        method=('danceopd', 'diffusionopd', 'flowopd'), sde=('flow', 'dance', 'cps'), query_space=('index', 'sigma'),
-        query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'), mixing=('hard', 'soft'),
-        reward=('k1', 'code', 'paper'), states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
-        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')), {
-        '1': 'max_steps batch_size micro_batch rank steps queries group_size updates sample_steps encode_every '
-             'save_every eval_every log_every ckpt_keep eval_samples max_bad_steps ema_every show',
-        '0': 'eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb score_samples',
-        'above 0': 'lr alpha clip_range adv_clip'})
+    check_settings(c,
+                   dict(method=('danceopd', 'diffusionopd', 'flowopd'), sde=('flow', 'dance', 'cps'),
+                        query_space=('index', 'sigma'), query=('low', 'mid', 'high', 'uniform', 'stratified'),
+                        kl_var=('true', 'code'), mixing=('hard', 'soft'), reward=('k1', 'code', 'paper'),
+                        states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
+                        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')),
+                   {'1': 'max_steps batch_size micro_batch rank steps queries group_size updates '
+                         'sample_steps encode_every save_every eval_every log_every ckpt_keep eval_samples '
+                         'max_bad_steps ema_every show',
+                    '0': 'eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb score_samples',
+                    'above 0': 'lr alpha clip_range adv_clip'})
     flow, dance, G, B = c.method == 'flowopd', c.method == 'danceopd', c.group_size, c.batch_size
     need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps')
-    need(not flow or G > 1, 'group_size = 1: Flow-OPD compares the samples of one prompt; at least 2 (paper: 16)')
+    need(not flow or G > 1, 'group_size = 1: Flow-OPD compares a prompt\'s samples; at least 2 (paper: 16)')
     need(not flow or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has eta = 0.7')
-    need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the very policy that drew the '
+    need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the policy that drew the '
          'samples: rollout_guidance and student_guidance must be equal')
     need(flow or c.updates == 1, 'updates above 1 reuse a rollout, which only flowopd can correct for')
     need(dance or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
     need(dance or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
     need(not dance or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
     need(not c.drop_last or c.steps > 1, 'drop_last leaves nothing of a rollout of one step')
-    need(c.sde != 'cps' or not c.eta or dance or (c.drop_last and c.kl_var == 'true'), "sde = 'cps' ends without "
-         "noise, where the KL has no value: set drop_last = True and kl_var = 'true'")
-    need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base', or a teacher")
-    need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set it (Flow-OPD: 0.04), or no anchor')
+    need(c.sde != 'cps' or not c.eta or dance or (c.drop_last and c.kl_var == 'true'), "sde = 'cps' ends "
+         "without noise, where the KL has no value: set drop_last = True and kl_var = 'true'")
+    need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base'")
+    need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set both (Flow-OPD: 0.04)')
     names = [t.get('name') for t in c.teachers]
     for t in c.teachers:
         name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
         odd = set(t) - {'name', 'lora', 'checkpoint', 'guidance', 'weight'}
-        need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: name, lora, checkpoint, guidance, weight')
+        need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: '
+             'name, lora, checkpoint, guidance, weight')
         need(str(name).isidentifier() and name not in ('student', 'default', None),
              f'teacher name {name!r}: a word of letters, digits and _, and not "student" or "default"')
         need(names.count(name) == 1, f'two teachers are called {name!r}; give each its own name')
-        need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both a lora and a checkpoint')
+        need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both lora and checkpoint')
         need(t.get('weight', 1) > 0, f'teacher {name!r}: weight must be more than 0, not {t.get("weight")}')
         need(name != 'base' or not path, 'the name "base" is the frozen base\'s: give this teacher another')
-        there = Path(path).expanduser().exists()
-        need(there or not path.startswith(('data/', 'out/', '.', '/', '~')),
+        need(is_hub_id(path) or Path(path).expanduser().exists(),
              f'teacher {name!r}: {path} does not exist' + REMAKE * path.startswith('data/shapes'))
-        if t.get('lora') and there:
+        if t.get('lora') and not is_hub_id(path):
             merge_lora.read_adapter(path)                              # whole and readable
-    need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: {", ".join(names)}')
+    need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: '
+         f'{", ".join(names)}')
     need(c.routes, 'routes is empty: give at least one dict(teacher=..., data=...)')
     labels, world, every = [r.get('data') for r in c.routes], int(os.environ.get('WORLD_SIZE', 1)), \
         c.routes_per_step == 'all'
     for r in c.routes:
         odd = set(r) - {'teacher', 'data', 'weight', 'samples'}
         need(not odd, f'route {r}: unknown {sorted(odd)}; known: teacher, data, weight, samples')
-        need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: {", ".join(names)}')
-        need(r.get('weight', 1) > 0, f'route {r.get("data")!r}: weight must be more than 0, not {r.get("weight")}')
+        need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: '
+             f'{", ".join(names)}')
+        need(r.get('weight', 1) > 0, f'route {r.get("data")!r}: weight must be more than 0, not '
+             f'{r.get("weight")}')
         need('samples' not in r or every, "`samples` in a route needs routes_per_step = 'all'")
-    need(len(set(labels)) == len(labels), f'two routes have the same data; a bucket has one teacher: {labels}')
+    need(len(set(labels)) == len(labels), f'two routes have the same data; each needs its own: {labels}')
     need(not c.cycle or c.routes_per_step == 1, 'cycle needs routes_per_step = 1')
     need(set(c.cycle) <= set(labels), f'cycle: {sorted(set(c.cycle) - set(labels))} are no bucket of a route')
     if every:
         parts = [r.get('samples', B // len(labels)) for r in c.routes]
-        need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples add up to {sum(parts)}: set it to that')
-        need(all(p > 0 and p % G == 0 for p in parts), f'the routes\' samples {parts} must be multiples of group_size {G}')
+        need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples sum to {sum(parts)}: set it so')
+        need(all(p > 0 and p % G == 0 for p in parts), f'samples {parts} must be multiples of group_size {G}')
     unit = G * world * c.updates
-    need(B % unit == 0, f'batch_size = {B} does not divide into {world} processes x {c.updates} updates x groups of {G}; '
-         f'the nearest that does is {max(unit, round(B / unit) * unit)}')
+    need(B % unit == 0, f'batch_size = {B} does not divide into {world} processes x {c.updates} updates '
+         f'x groups of {G}; the nearest that does is {max(unit, round(B / unit) * unit)}')
     if c.score:
         load_function(c.score)
     d = check_data(c, labels, c.states == 'data')
-    edits = [bool(d.buckets[k][0]['source_image']) for k in labels]
-    need(c.mixing == 'hard' or len(set(edits)) == 1, "mixing = 'soft' needs routes that all edit, or none that does")
+    edits = {b.sources > 0 for b in d.buckets.values()}
+    need(c.mixing == 'hard' or len(edits) == 1, "mixing = 'soft' needs routes that all edit, or none")
+    loras = {t['name'] for t in c.teachers if t.get('lora')} & {r['teacher'] for r in c.routes}
+    need(c.init_from != 'merge' or loras, "init_from = 'merge' needs a route to a teacher that is a LoRA")
     return d
 
 
@@ -1206,14 +1257,17 @@ def derived(c, d):
     teacher = sum(cost.values()) if c.mixing == 'soft' else sum(asked) / len(asked)
     n, roll, learn = c.steps - c.drop_last, two(c.rollout_guidance), two(c.student_guidance)
     if c.method == 'danceopd':
-        line = torch.linspace(1, 0, c.steps + 1)                       # the schedule's shape hardly matters here
-        last = [draw_indices(rng('mean', i), c.queries, line, c.query, c.query_space, i, 512)[-1] for i in range(512)]
-        forwards = sum(last) / 512 * dict(student=roll, teacher=teacher, data=0)[c.states] + c.queries * (teacher + learn)
+        line = torch.linspace(1, 0, c.steps + 1)               # the schedule's shape hardly matters here
+        last = [draw_indices(rng('mean', i), c.queries, line, c.query, c.query_space, i, 512)[-1]
+                for i in range(512)]
+        each = dict(student=roll, teacher=teacher, data=0)[c.states]
+        forwards = sum(last) / 512 * each + c.queries * (teacher + learn)
     else:
         shared = c.method == 'diffusionopd' and c.rollout_guidance == c.student_guidance
         forwards = n * (teacher + learn + (0 if shared else roll))
-    yield 'model', f'{c.model} ({d.family or "its family is read when it is fetched"}), {d.height} x {d.width} pixels'
-    yield 'method', f'{c.method}, {c.steps} steps, ' + (f'SDE {c.sde} {c.eta}' if c.eta else 'ODE') + f', from {c.init_from}'
+    yield 'model', f'{c.model} ({d.family or "family unknown until fetched"}), {d.height} x {d.width} pixels'
+    sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
+    yield 'method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'
     yield 'samples a step', f'{size}' + f' in groups of {c.group_size}' * (c.group_size > 1) + \
         f'; {size // world} on each of {world} process(es), {c.micro_batch} a forward'
     yield 'forwards a step', f'{forwards * size:.0f}, {forwards:.1f} a sample, teachers included'
@@ -1225,13 +1279,14 @@ def derived(c, d):
 
 
 def main(argv):
-    c = configure(SETTINGS, argv)
+    c = own_settings(SETTINGS, argv)
     d = check(c)
     for name, text in derived(c, d) if os.environ.get('RANK', '0') == '0' else ():
         print(f'{name:22s} {text}')
     if c.dry_run:
         return print('dry run: settings and data are fine')
-    by_name, labels, teacher_of = {t['name']: t for t in c.teachers}, d.labels, {r['data']: r['teacher'] for r in c.routes}
+    by_name, labels = {t['name']: t for t in c.teachers}, d.labels
+    teacher_of = {r['data']: r['teacher'] for r in c.routes}
 
     def plan_at(run, step):
         """This process's samples of a step, with their teacher and query indices."""
@@ -1245,12 +1300,15 @@ def main(argv):
         """init_from = 'merge': the mean of the teachers' deltas by route weight (the base's is nothing)."""
         if c.init_from == 'base':
             return None
-        weights = {r['teacher']: r.get('weight', 1.0) for r in c.routes if by_name[r['teacher']].get('lora')}
-        need(weights, "init_from = 'merge' needs a route to a teacher that is a LoRA")
+        weights = {}
+        for r in c.routes:
+            if by_name[r['teacher']].get('lora'):
+                weights[r['teacher']] = weights.get(r['teacher'], 0.0) + r.get('weight', 1.0)
         parts = [models.fit(merge_lora.read_adapter(by_name[n]['lora']), n) for n in weights]
         return merge_lora.merge(parts, [w / sum(weights.values()) for w in weights.values()])
 
-    run = Run(c, d, c.teachers, merged, plan_at, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
+    run = Run(c, d, c.teachers, merged, plan_at,
+              max(c.eval_samples, c.show, c.score_samples if c.score else 0))
     models, student = run.models, run.student
     sigmas = run.field.sigmas(c.steps, d.height, d.width).to(run.world.device)
     run.say(f'{"student":22s} rank {c.rank} on {len(student.names)} layers: '
@@ -1259,7 +1317,7 @@ def main(argv):
         run.say(f'{"teacher " + name:22s} {size / 1e9:.4f} GB')
 
     def target(todo, z, s, cond, empty):
-        """The velocity that each sample's teacher would have had there; softly mixed, the mean of all teachers'."""
+        """The velocity that each sample's teacher would have had there; if mixed softly, the mean of all."""
         def one(t, k):
             return models.velocity(t['name'], z[k], s[k], [cond[i] for i in k], [empty[i] for i in k],
                                    t.get('guidance', 1.0))
@@ -1273,7 +1331,7 @@ def main(argv):
                 v[k] = one(by_name[name], k)
             return v
 
-    for t in c.teachers:                                               # a teacher that does nothing is a mistake
+    for t in c.teachers:                                       # a teacher that does nothing is a mistake
         if t.get('lora') or t.get('checkpoint'):
             label = next((k for k, n in teacher_of.items() if n == t['name']), labels[0])
             row = SimpleNamespace(data=run.eval_rows[label][0], noise=torch_rng(0))
@@ -1292,10 +1350,11 @@ def main(argv):
         total.backward()
 
     def learn(todo, k, z, i, cond, empty, error):
-        """Teacher and student at states z with step numbers i: their error by `error(v, v_target, i)`, and backward."""
+        """Teacher and student at states z with step numbers i: `error(v, v_target, i)` and backward."""
         some, cond, empty = [todo[j] for j in k], [cond[j] for j in k], [empty[j] for j in k]
         s, share = sigmas[i], torch.tensor([x.share for x in some], device=z.device)
-        v_t, v = target(some, z, s, cond, empty), models.velocity('student', z, s, cond, empty, c.student_guidance)
+        v_t = target(some, z, s, cond, empty)
+        v = models.velocity('student', z, s, cond, empty, c.student_guidance)
         loss = error(v, v_t, i)
         backward(loss, v, z, s, cond, empty, share, lambda v, v_a: error(v, v_a, i))
         run.note(some, loss=loss.detach(), sigma=s, gap=relative_gap(v.detach(), v_t))
@@ -1311,10 +1370,12 @@ def main(argv):
             x0 = torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in todo])
             with torch.no_grad():
                 x0 = run.field.encode_image(x0)
-            found = [(j, i, (1 - sigmas[i]) * x0[j] + sigmas[i] * torch.randn(z[j].shape, generator=s.draws).to(z.device))
+            eps = lambda s: torch.randn(z[0].shape, generator=s.draws).to(z.device)
+            found = [(j, i, (1 - sigmas[i]) * x0[j] + sigmas[i] * eps(s))
                      for j, s in enumerate(todo) for i in s.queries]
         else:
-            walk = rollout(velocity, z, sigmas, [s.queries[-1] for s in todo], c.eta, c.sde, [s.draws for s in todo])
+            walk = rollout(velocity, z, sigmas, [s.queries[-1] for s in todo], c.eta, c.sde,
+                           [s.draws for s in todo])
             found = [(j, i, x) for i, alive, zs in walk for j, x in zip(alive, zs) if i in todo[j].queries]
         for at in range(0, len(found), c.micro_batch):
             j, i, x = zip(*found[at:at + c.micro_batch])
@@ -1328,16 +1389,17 @@ def main(argv):
         walk = rollout(velocity, z, sigmas, [n] * len(todo), c.eta, c.sde, [s.draws for s in todo])
         i, alive, z = next(walk)
         while i < n:
-            v = learn(todo, alive, z, torch.full((len(z),), i, device=z.device), cond, empty, lambda v, v_t, i:
-                      diffusionopd_loss(v, v_t, sigmas[i], sigmas[i + 1], c.eta, c.sde, c.kl_var) / n)
+            v = learn(todo, alive, z, torch.full((len(z),), i, device=z.device), cond, empty,
+                      lambda v, v_t, i: diffusionopd_loss(v, v_t, sigmas[i], sigmas[i + 1], c.eta, c.sde,
+                                                          c.kl_var) / n)
             i, alive, z = walk.send(v if c.rollout_guidance == c.student_guidance else None)
 
     def flowopd(todo):
-        """Policy gradient of the same KL, step by step, on trajectories drawn with the weights as they were."""
+        """Policy gradient of the same KL, step by step, on trajectories drawn with the weights of before."""
         n, size = c.steps - c.drop_last, max(1, c.micro_batch // c.group_size) * c.group_size
         parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
-        rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance) for x in run.chunks(p, size)]
-                  for p in parts]
+        rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance)
+                   for x in run.chunks(p, size)] for p in parts]
         for t in itertools.chain(*rolled):
             t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo)), t.cond, t.empty) for i in range(n)]
         for part in rolled:
@@ -1351,19 +1413,20 @@ def main(argv):
                 share = torch.tensor([x.share for x in t.todo], device=z.device) * c.updates / n
                 backward(loss, v, z, s, t.cond, t.empty, share, error)
                 off = (ratio - 1).abs()
-                run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]), ratio_off=off,
-                         clipped=(off > c.clip_range).float())
+                run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]),
+                         ratio_off=off, clipped=(off > c.clip_range).float())
             run.apply()
 
     def gap_of(label, tensors):
-        """Mean relative gap to the teacher on held-out rows, at states spread evenly over the student's rollouts."""
+        """Mean relative gap to the teacher on held-out rows, at states spread evenly over its rollouts."""
         rows, gaps = run.eval_rows[label][:c.eval_samples], []
         todo = [SimpleNamespace(data=r, teacher=teacher_of[label], index=i * c.steps // len(rows),
                                 noise=torch_rng(c.seed, 'gap', label, i)) for i, r in enumerate(rows)]
         for some in run.chunks(todo[run.world.rank::run.world.size], c.micro_batch):
             with torch.no_grad(), student.wearing(tensors):
                 cond, empty, z, velocity = run.begin(some, c.steps, c.rollout_guidance)
-                walk = rollout(velocity, z, sigmas, [s.index for s in some], c.eta, c.sde, [s.noise for s in some])
+                walk = rollout(velocity, z, sigmas, [s.index for s in some], c.eta, c.sde,
+                               [s.noise for s in some])
                 found = [(x, j) for i, alive, z in walk for x, j in zip(z, alive) if some[j].index == i]
                 z, j = torch.stack([x for x, _ in found]), [j for _, j in found]
                 todo_, cond, empty = [some[k] for k in j], [cond[k] for k in j], [empty[k] for k in j]
@@ -1385,7 +1448,8 @@ def main(argv):
         for k in labels:
             rows = run.eval_rows[k][:c.show]
             if k not in still:
-                still[k] = [run.picture(x['source_image']) for x in rows], pictures(teacher_of[k], k, c.show), \
+                sources = [run.picture(x['source_image']) for x in rows]
+                still[k] = sources, pictures(teacher_of[k], k, c.show), \
                     pictures('student', k, c.show, run.start)
             lines += zip(*still[k], pictures('student', k, c.show, student.ema))
             names += [f'{k}: {x["prompt"]}' for x in rows]

@@ -6,13 +6,13 @@ Makes a LoRA teacher: by imitation, or by reward. The first half of the recipe; 
     torchrun --nproc_per_node=8 train_teacher.py config/teacher_sd35_grpo.py
     python train_teacher.py CONFIG --init_from=resume                continues the run
 
-    method = 'sft'    flow matching on pictures with prompts, or on edit pairs (how DanceOPD's edit teachers are made)
+    method = 'sft'    flow matching on pictures or edit pairs (how DanceOPD's edit teachers are made)
     method = 'grpo'   DanceGRPO (2505.07818) and, by two settings, Flow-GRPO (2505.05470)
     method = 'sdpo'   Stepwise Diffusion Policy Optimization (2411.11727), for models of few steps
 
-The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='out/...')]) and a checkpoint for
-sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out on purpose:
-value networks, reward models trained along the way, full fine-tuning.
+The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='out/...')]) and a checkpoint
+for sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out
+on purpose: value networks, reward models trained along the way, full fine-tuning.
 """
 import math, os, sys
 from collections import deque
@@ -24,13 +24,13 @@ import torch
 import configurator
 import rewards
 import train_opd
-from configurator import collect, configure
+from configurator import collect
 from files import curve, grid, load_function, load_image
-from train_opd import (Run, check_data, check_settings, gather, group_advantage, kl_weight, need, ppo_loss, rng, score_mean,
-                       torch_rng, velocity_error)
+from train_opd import (Run, check_data, check_settings, gather, group_advantage, kl_weight, need, ppo_loss,
+                       rng, score_mean, torch_rng, velocity_error)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings. Those that train_opd.py has too (model, LoRA, optimiser, output) are taken from there, and overridden here.
+# ------------------------------------------------------------------------------------------------------------
+# Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
 method = 'sft'
 data: list = ['data/shapes/t2i.csv']
 eval_data: list = ['data/shapes/t2i_val.csv']
@@ -39,14 +39,14 @@ rank = 16
 alpha = 32.0
 lora_targets: list | None = None    # None: the family's
 # imitation
-sigmas = 'logit_normal'             # or 'uniform': where on the family's own schedule the noise levels are drawn
-prompt_dropout = 0.0                # share of samples that see the empty prompt, so that guidance works afterwards
+sigmas = 'logit_normal'             # or 'uniform': where on the family's schedule noise levels are drawn
+prompt_dropout = 0.0                # share of samples with an empty prompt, so that guidance works later
 # rollouts of grpo and sdpo
 steps = 8                           # DanceGRPO 16, Flow-GRPO 10, SDPO 2 to 4
 sde = 'dance'                       # DanceGRPO 'dance' with eta 0.3, Flow-GRPO 'flow' with 0.7
 eta = 0.3
 guidance = 1.0                      # of the policy (Flow-GRPO 4.5)
-group_size = 1                      # samples of one prompt (DanceGRPO 12, Flow-GRPO 24); sdpo has pairs by nature: 2
+group_size = 1                      # samples of one prompt (DanceGRPO 12, Flow-GRPO 24); sdpo: 2, pairs
 same_noise = True                   # a group starts from one noise (DanceGRPO) or from many (Flow-GRPO)
 drop_last = True                    # the last step is taken without noise and not trained
 timestep_fraction = 0.6             # share of the steps that are trained, drawn anew each time (grpo)
@@ -54,11 +54,11 @@ clip_range = 1e-4
 adv_clip = 5.0
 global_std = False                  # divide advantages by the standard deviation of the whole batch instead
 best_of = 0                         # train only on the best and worst, so many of each group (0: all)
-updates = 1                         # optimizer steps a rollout; for sdpo the shuffled steps are dealt among them
+updates = 1                         # optimizer steps a rollout; sdpo deals its shuffled steps among them
 kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04)
 gamma = 0.99                        # sdpo: discount of later rewards, and weight of later steps
 buffer = 32                         # sdpo: returns remembered a prompt and step; used from 16 on
-# rewards: reward is a name of rewards.py, a URL, or file.py:function; each is normalised before they are added
+# rewards: reward is a name of rewards.py, a URL, or file.py:function; each is normalised before adding
 reward: list = [dict(reward='shapes_smooth', weight=1.0)]
 watch_reward = ''                   # one more, only looked at: does it fall while the others rise?
 # optimiser and output
@@ -78,19 +78,19 @@ SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in train_opd.DISTI
                  for shared, own in zip(train_opd.SETTINGS, OWN))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The mathematics: pure functions
 
 def draw_sigma(schedule, r, kind):
-    """A noise level from the family's own schedule (a fine one, falling): time uniform, or logit-normal around its
-    middle. With a shift of 3 that is sigmoid(N(0, 1) + ln 3)."""
+    """A noise level from the family's own schedule (a fine one, falling): time uniform, or logit-normal
+    around its middle. With a shift of 3 that is sigmoid(N(0, 1) + ln 3)."""
     u = r.random() if kind == 'uniform' else 1 / (1 + math.exp(-r.gauss(0, 1)))
     return schedule[min(int((1 - u) * (len(schedule) - 1)), len(schedule) - 2)]
 
 
 def combined_advantage(values, weights, group, clip=5.0, global_std=False):
-    """Several rewards: each normalised within its group, then added by weight, so that no scale wins. Also which groups
-    are alive: one whose rewards are all equal teaches nothing and is skipped."""
+    """Several rewards: each normalised within its group, then added by weight, so that no scale wins. Also
+    which groups are alive: one whose rewards are all equal teaches nothing and is skipped."""
     parts = [group_advantage(v, group, clip, global_std) for v in values]
     total = sum(w * a for w, a in zip(weights, parts)).clamp(-clip, clip)
     return total, total.view(-1, group).abs().amax(1) > 0
@@ -104,8 +104,8 @@ def extremes(advantage, group, keep):
 
 
 def interpolate(x0, queried, values):
-    """SDPO's rewards of all steps (n, B) from those asked for at `queried` (k, B): the mean of these, weighted by the
-    cosine similarity of each step's predicted picture x0 (n, B, ...) to the queried ones."""
+    """SDPO's rewards of all steps (n, B) from those asked for at `queried` (k, B): the mean of these,
+    weighted by the cosine similarity of each step's predicted picture x0 (n, B, ...) to the queried ones."""
     f = torch.nn.functional.normalize(x0.flatten(2), dim=2)
     b = torch.arange(x0.shape[1])
     w = torch.stack([(f * f[q, b]).sum(2) for q in queried]).clamp_min(0)              # (k, n, B)
@@ -124,53 +124,64 @@ def returns(r, gamma):
 
 
 def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
-    """(w [(log p1 - log p1_old) - (log p2 - log p2_old)] - (A1 - A2))^2 for pairs in neighbouring places: the larger of
-    this and the same with log-probabilities clipped to +-clip_range of the old ones. One number a pair."""
+    """(w [(log p1 - log p1_old) - (log p2 - log p2_old)] - (A1 - A2))^2 for pairs in neighbouring places: the
+    larger of this and the same with log-probabilities clipped to +-clip_range of the old. One a pair."""
     def square(change):
         return (weight[0::2] * (change[0::2] - change[1::2]) - (advantage[0::2] - advantage[1::2])) ** 2
     change = logp - logp_old
     return torch.maximum(square(change), square(change.clamp(-clip_range, clip_range)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 def check(c):
-    check_settings(c, dict(
-        method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'), sde=('flow', 'dance', 'cps'),
-        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')), {
-        '1': 'max_steps batch_size micro_batch rank steps group_size updates sample_steps encode_every save_every eval_every '
-             'log_every ckpt_keep eval_samples max_bad_steps ema_every show buffer',
-        '0': 'weight_decay grad_clip ema_decay warmup cache_gb kl_beta best_of prompt_dropout gamma',
-        'above 0': 'lr alpha clip_range adv_clip eta timestep_fraction'})
+    check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
+                           sde=('flow', 'dance', 'cps'), lr_schedule=('constant', 'cosine'),
+                           dtype=('auto', 'float32', 'bfloat16', 'float16')),
+                   {'1': 'max_steps batch_size micro_batch rank steps group_size updates sample_steps '
+                    'encode_every save_every eval_every log_every ckpt_keep eval_samples max_bad_steps '
+                    'ema_every show buffer', '0': 'weight_decay grad_clip ema_decay warmup cache_gb kl_beta '
+                    'best_of prompt_dropout gamma', 'above 0': 'lr alpha clip_range adv_clip eta '
+                    'timestep_fraction'})
     rl, G, world = c.method != 'sft', c.group_size, int(os.environ.get('WORLD_SIZE', 1))
-    need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 (DanceGRPO: 12)')
-    need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set group_size = 2')
+    need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
+         '(DanceGRPO: 12)')
+    need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set '
+         'group_size = 2')
     need(c.method != 'sdpo' or c.same_noise, 'same_noise = False: SDPO\'s pairs start from one noise')
-    need(c.method != 'sdpo' or c.updates <= c.steps, f'updates = {c.updates}: at most one for each of the {c.steps} steps')
-    need(c.timestep_fraction <= 1 and c.prompt_dropout <= 1, 'timestep_fraction and prompt_dropout are shares, at most 1')
+    need(c.method != 'sdpo' or c.updates <= c.steps, f'updates = {c.updates}: at most one for each of the '
+         f'{c.steps} steps')
+    need(c.timestep_fraction <= 1 and c.prompt_dropout <= 1, 'timestep_fraction and prompt_dropout are '
+         'shares, at most 1')
     need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
-    need(not (c.method == 'grpo' and c.drop_last and c.steps < 2), 'drop_last leaves nothing of a rollout of one step')
+    need(not (c.method == 'grpo' and c.drop_last and c.steps < 2), 'drop_last leaves nothing of a rollout of '
+         'one step')
     need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = True")
-    need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an adapter")
+    need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
+         "adapter")
     unit = G * world * (c.updates if c.method == 'grpo' else 1)
-    need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x groups of {G} x '
-         f'updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
+    need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x '
+         f'groups of {G} x updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
     need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
     for r in c.reward if rl else ():
-        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and 'reward' in r, f'reward {r!r}: a dict(reward=..., weight=...)')
+        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and 'reward' in r, f'reward {r!r}: a '
+             'dict(reward=..., weight=...)')
         need(r.get('weight', 1.0) > 0, f'reward {r["reward"]!r}: weight must be more than 0')
+    for name in [r['reward'] for r in c.reward if rl] + [c.watch_reward] * bool(c.watch_reward):
+        rewards.check(name)
     if c.score:
         load_function(c.score)
     return check_data(c, [], need_target=not rl)
 
 
 def main(argv):
-    c = configure(SETTINGS, argv)
+    c = train_opd.own_settings(SETTINGS, argv)
     d = check(c)
     if os.environ.get('RANK', '0') == '0':
-        print(f'{c.method} on {c.model}, {d.height} x {d.width} pixels, {c.batch_size} samples a step' +
-              (f' in groups of {c.group_size}, {c.steps} steps of {c.sde} {c.eta}' if c.method != 'sft' else ''))
+        print(f'{c.method} on {c.model}, {d.height} x {d.width} pixels, '
+              f'{c.batch_size} samples a step' + (f' in groups of {c.group_size}, {c.steps} steps of {c.sde} '
+                                                  f'{c.eta}' if c.method != 'sft' else ''))
         for k, b in d.buckets.items():
             print(f'bucket {k:20s} {len(b)} rows, {len(d.held[k])} to evaluate on')
     if c.dry_run:
@@ -179,7 +190,8 @@ def main(argv):
     plan_at = lambda run, step: run.mine(step, routes, same_noise=c.same_noise and c.method != 'sft')
     run = Run(c, d, init=lambda models: None, plan=plan_at, eval_rows=max(c.eval_samples, c.show))
     student, models, device = run.student, run.models, run.world.device
-    judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward if c.method != 'sft']
+    judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward
+              if c.method != 'sft']
     watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
     memory = {(p, i): deque(v, c.buffer) for p, i, v in run.state}     # sdpo's returns by prompt and step
     count = dict(groups=0, skipped_groups=0)
@@ -197,9 +209,11 @@ def main(argv):
             cond, empty = run.prompts.conditions([s.data for s in some], d.height, d.width)
             cond = [e if backward and rng(c.seed, step, s.number, 'drop').random() < c.prompt_dropout else x
                     for s, x, e in zip(some, cond, empty)]
-            sigma = torch.stack([draw_sigma(fine, rng(c.seed, step, s.number, 'sigma'), c.sigmas) for s in some]).to(device)
+            sigma = torch.stack([draw_sigma(fine, rng(c.seed, step, s.number, 'sigma'), c.sigmas)
+                                 for s in some]).to(device)
             with torch.no_grad():
-                x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in some]))
+                x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], d.height, d.width)
+                                                         for s in some]))
             eps, s = run.noise(some), train_opd.col(sigma)
             v = models.velocity('student', (1 - s) * x0 + s * eps, sigma, cond)
             loss = velocity_error(v, eps - x0)
@@ -218,13 +232,14 @@ def main(argv):
         return kl_weight(s, s_next, c.eta, c.sde) * velocity_error(v, v_base)
 
     def rolled(todo, n):
-        """Trajectories with their final latents. Rewards are asked for in a thread, while the next chunk is sampled."""
+        """Trajectories and final latents. Rewards are asked in a thread, while the next chunk is sampled."""
         size = max(1, c.micro_batch // c.group_size) * c.group_size
         for some in run.chunks(todo, size):
             t = run.trajectory(some, path, n, c.eta, c.sde, c.guidance)
             with torch.no_grad():
                 z, s = t.z[-1], path[n].expand(len(some))
-                t.x0 = z if n == c.steps else z - path[n] * models.velocity('student', z, s, t.cond, t.empty, c.guidance)
+                t.x0 = z if n == c.steps else z - path[n] * models.velocity('student', z, s, t.cond, t.empty,
+                                                                            c.guidance)
             yield t
 
     def grpo(todo, step):
@@ -232,15 +247,17 @@ def main(argv):
         n = c.steps - c.drop_last
         parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
-            jobs = [[(t, pool.submit(ask_rewards, run.field.decode(t.x0), [s.data for s in t.todo])) for t in rolled(p, n)]
-                    for p in parts]
+            jobs = [[(t, pool.submit(ask_rewards, run.field.decode(t.x0), [s.data for s in t.todo]))
+                     for t in rolled(p, n)] for p in parts]
             got = [[(t, job.result()) for t, job in part] for part in jobs]
         trained = sorted(rng(c.seed, step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction))))
         for part in got:
             for t, values in part:
                 total = sum(w * v for (_, _, w), v in zip(judges, values))
-                run.note(t.todo, reward=total, **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
-                advantage, alive = combined_advantage(values, [w for _, _, w in judges], c.group_size, c.adv_clip, c.global_std)
+                run.note(t.todo, reward=total,
+                         **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
+                advantage, alive = combined_advantage(values, [w for _, _, w in judges], c.group_size,
+                                                      c.adv_clip, c.global_std)
                 count['groups'] += len(alive)
                 count['skipped_groups'] += len(alive) - int(alive.sum())
                 use = alive.repeat_interleave(c.group_size)
@@ -256,27 +273,30 @@ def main(argv):
                     kl = near_base(t, v, z, s, s_next)
                     (share * (loss + c.kl_beta * kl)).sum().backward()
                     off = (ratio - 1).abs()
-                    run.note(t.todo, loss=loss.detach(), sigma=s, kl=kl.detach(), ratio_off=off, clipped=(off > c.clip_range).float())
+                    run.note(t.todo, loss=loss.detach(), sigma=s, kl=kl.detach(), ratio_off=off,
+                             clipped=(off > c.clip_range).float())
             run.apply()
 
     def pick(t, use):
         """Some samples of a trajectory."""
         k = use.nonzero().flatten().tolist()
         return SimpleNamespace(**{**vars(t), 'todo': [t.todo[j] for j in k], 'cond': [t.cond[j] for j in k],
-                                  'empty': [t.empty[j] for j in k], 'z': t.z[:, k], 'v': t.v[:, k], 'logp': t.logp[:, k]})
+                                  'empty': [t.empty[j] for j in k], 'z': t.z[:, k], 'v': t.v[:, k],
+                                  'logp': t.logp[:, k]})
 
     def sdpo(todo, step):
-        """Two trajectories from one noise, rewards along the way, and the difference loss on shuffled steps."""
+        """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps."""
         n = c.steps - (c.drop_last and c.steps > 1)
         ts, all_returns = [], []
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
             for t in rolled(todo, n):
-                # dual states: after each step the noisy latent, and the clean picture predicted from it. (The prediction
-                # from the common first noise is the same for both of a pair and cannot tell them apart.)
+                # dual states: after each step the noisy latent, and the clean picture predicted from it. (The
+                # prediction from the common first noise is the same for both and cannot tell them apart.)
                 later = [t.z[i] - path[i] * t.v[i] for i in range(1, n)]
                 t.clean = torch.stack([*later, t.x0])
                 B, steps_ = len(t.todo), len(t.clean)
-                middle = [rng(c.seed, step, s.group, 'anchor').randrange(1, steps_ - 1) if steps_ > 2 else 0 for s in t.todo]
+                middle = [rng(c.seed, step, s.group, 'anchor').randrange(1, steps_ - 1) if steps_ > 2 else 0
+                          for s in t.todo]
                 asked = [torch.zeros(B, dtype=torch.long), torch.tensor(middle), torch.full((B,), steps_ - 1)]
                 t.asked = [q for k, q in enumerate(asked) if (k < 1 or steps_ > 1) and (k != 1 or steps_ > 2)]
                 rows = [s.data for s in t.todo] * len(t.asked)
@@ -286,10 +306,12 @@ def main(argv):
                 k = len(t.asked)
                 values = [v.view(k, -1).to(device) for v in job.result()]
                 mixed = sum(w * v for (_, _, w), v in zip(judges, values)) / sum(w for _, _, w in judges)
-                run.note(t.todo, reward=mixed[-1], **{f'reward/{name}': v[-1] for (name, _, _), v in zip(judges, values)})
+                run.note(t.todo, reward=mixed[-1],
+                         **{f'reward/{name}': v[-1] for (name, _, _), v in zip(judges, values)})
                 t.returns = returns(interpolate(t.clean, t.asked, mixed), c.gamma)
-                all_returns += [(s.number, s.data['prompt'], t.returns[:, j].tolist()) for j, s in enumerate(t.todo)]
-        everyone = sorted(gather(run.world, all_returns))              # the buffers are the same on all processes
+                all_returns += [(s.number, s.data['prompt'], t.returns[:, j].tolist())
+                                for j, s in enumerate(t.todo)]
+        everyone = sorted(gather(run.world, all_returns))      # the buffers are the same on all processes
         for _, prompt, values in everyone:
             for i, v in enumerate(values):
                 memory.setdefault((prompt, i), deque(maxlen=c.buffer)).append(v)
@@ -301,29 +323,32 @@ def main(argv):
                 for i in range(n):
                     past = memory[s.data['prompt'], i]
                     past = torch.tensor(list(past)) if len(past) >= 16 else batch[:, i]
-                    t.advantage[i, j] = ((t.returns[i, j].cpu() - past.mean()) / (past.std() + 1e-6)).clamp(-c.adv_clip, c.adv_clip)
+                    t.advantage[i, j] = ((t.returns[i, j].cpu() -
+                                          past.mean()) / (past.std() + 1e-6)).clamp(-c.adv_clip, c.adv_clip)
             equal = (t.returns[:, 0::2] == t.returns[:, 1::2]).all(0)
             count['groups'] += len(equal)
             count['skipped_groups'] += int(equal.sum())
-            t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n) for s in t.todo]).T
+            t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n)
+                                    for s in t.todo]).T
         for u in range(min(c.updates, n)):
             for t, _ in ts:
                 for i in (i for k, i in enumerate(t.order) if k * min(c.updates, n) // n == u):
                     v, logp, z, s, s_next = run.policy(t, i)
                     b = torch.arange(len(i))
-                    loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(device), c.clip_range)
+                    loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(device),
+                                     c.clip_range)
                     kl = near_base(t, v, z, s, s_next)
                     share = torch.tensor([x.share for x in t.todo], device=device) * min(c.updates, n) / n
                     ((2 * share[0::2] * loss).sum() + c.kl_beta * (share * kl).sum()).backward()
                     off = (logp - t.logp[i, b]).detach().abs()
-                    run.note(t.todo, loss=loss.detach().repeat_interleave(2), sigma=s, kl=kl.detach(), ratio_off=off,
-                             clipped=(off > c.clip_range).float())
+                    run.note(t.todo, loss=loss.detach().repeat_interleave(2), sigma=s, kl=kl.detach(),
+                             ratio_off=off, clipped=(off > c.clip_range).float())
             run.apply()
 
     still = {}
 
     def evaluate(step):
-        """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows whether it is hacked."""
+        """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows hacking."""
         result, lines, names = {}, [], []
         for k in d.labels:
             rows = run.eval_rows[k][:c.eval_samples]
@@ -331,9 +356,11 @@ def main(argv):
             if k not in still:
                 still[k] = run.render('base', k, rows[:c.show], c.sample_steps, c.guidance)
             if c.method == 'sft' and all(r['target_image'] for r in rows):
-                todo = [SimpleNamespace(data=r, label=k, number=i, noise=torch_rng(c.seed, 'loss', k, i)) for i, r in enumerate(rows)]
+                todo = [SimpleNamespace(data=r, label=k, number=i, noise=torch_rng(c.seed, 'loss', k, i))
+                        for i, r in enumerate(rows)]
                 with torch.no_grad(), student.wearing(student.ema):
-                    losses = gather(run.world, flow_matching(todo[run.world.rank::run.world.size], 'eval', False))
+                    losses = gather(run.world,
+                                    flow_matching(todo[run.world.rank::run.world.size], 'eval', False))
                 result[f'loss/{k}'] = sum(losses) / len(losses)
             for name, f, _ in judges + ([('watched', watch, 0)] if watch else []):
                 result[f'{name}/{k}'] = sum(rewards.checked(name, f, now, rows, run.out)) / len(rows)
@@ -344,7 +371,8 @@ def main(argv):
                 lines.append([picture(r['source_image']), picture(r['target_image']), still[k][i], now[i]])
                 names.append(f'{k}: {r["prompt"]}')
         if run.world.rank == 0:
-            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names, ['source', 'target', 'base', 'now'])
+            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names,
+                 ['source', 'target', 'base', 'now'])
             print(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in result.items()))
         run.record(dict(step=step, **{f'eval/{k}': v for k, v in result.items()}))
         return result

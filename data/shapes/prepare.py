@@ -1,24 +1,25 @@
 """
 Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, and three LoRA teachers on it.
 
-    python data/shapes/prepare.py                       everything; about an hour and a half on two cores, resumable
-    python data/shapes/prepare.py --evaluate=True       only measures what is there, and draws the contact sheet
-    python data/shapes/prepare.py --quick=True --out=out/quick       two minutes: the pipeline, not the quality
+    python data/shapes/prepare.py                   everything; about 1.5 hours on two cores, resumable
+    python data/shapes/prepare.py --evaluate=True   only measures what is there, and draws the contact sheet
+    python data/shapes/prepare.py --quick=True --out=out/quick   two minutes: the pipeline, not the quality
     python data/shapes/prepare.py --out=out/half --base_stop=1200 --teachers=[]   a half-trained base, for RL
 
-The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers over the
-world's few words, frozen random text encoders, and a trained transformer of 2.3 million parameters. The teachers are
-made by train_teacher.py, as anybody's would be.
+The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers
+over the world's few words, frozen random text encoders, and a trained transformer of 2.3 million parameters.
+The teachers are made by train_teacher.py, as anybody's would be.
 """
 import csv, json, math, shutil, sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
 from tqdm import tqdm
-from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,
-                          T5Tokenizer)
+from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5Tokenizer,
+                          T5EncoderModel)
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 import configurator
@@ -46,10 +47,10 @@ threads = 2
 SETTINGS = configurator.collect(sys.modules[__name__])
 
 
-# ---------------------------------------------------------------------------------------------- the base, untrained
+# ---------------------------------------------------------------------------------------- the base, untrained
 
 def byte_pairs(words):
-    """Byte-pair merges that make every word one token: the training procedure itself, on the world's words."""
+    """Byte-pair merges that make every word one token: the training procedure itself on the world's words."""
     parts, merges = [list(w[:-1]) + [w[-1] + '</w>'] for w in words], []
     while counts := Counter(pair for p in parts for pair in zip(p, p[1:])):
         best = max(sorted(counts), key=counts.get)
@@ -63,7 +64,8 @@ def byte_pairs(words):
 
 def tokenizers():
     merges = byte_pairs(world.WORDS)
-    pieces = sorted({x for w in world.WORDS for x in (*w[:-1], w[-1], w[-1] + '</w>')} | {a + b for a, b in merges})
+    pieces = sorted({x for w in world.WORDS for x in (*w[:-1], w[-1], w[-1] + '</w>')} | {a + b
+                                                                                          for a, b in merges})
     vocab = {p: i for i, p in enumerate(['<|startoftext|>', '<|endoftext|>'] + pieces)}
     clip = [CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16) for _ in range(2)]
     words = [('<pad>', 0.0), ('</s>', 0.0), ('<unk>', -9.0)] + [('▁' + w, -1.0) for w in world.WORDS]
@@ -71,9 +73,11 @@ def tokenizers():
 
 
 def text_encoder(tokenizer, mixing):
-    m = CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=2,
-        projection_dim=64, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    m = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64,
+                                                   intermediate_size=128, num_attention_heads=4,
+                                                   num_hidden_layers=2, projection_dim=64,
+                                                   max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
+                                                   pad_token_id=1))
     with torch.no_grad():
         m.text_model.embeddings.token_embedding.weight.normal_(0, 1)
         m.text_model.embeddings.position_embedding.weight.normal_(0, 1)
@@ -83,17 +87,18 @@ def text_encoder(tokenizer, mixing):
 
 
 def identity_vae():
-    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(8,), layers_per_block=1,
-                        norm_num_groups=1, down_block_types=('DownEncoderBlock2D',), up_block_types=('UpDecoderBlock2D',),
-                        sample_size=world.SIZE, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False,
-                        use_post_quant_conv=False, mid_block_add_attention=False)
+    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(8,),
+                        layers_per_block=1, norm_num_groups=1, down_block_types=('DownEncoderBlock2D',),
+                        up_block_types=('UpDecoderBlock2D',), sample_size=world.SIZE,
+                        scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
+                        mid_block_add_attention=False)
     big, bias = 1000.0, 24.0
     with torch.no_grad():
         for p in vae.parameters():
             p.zero_()
         for half in (vae.encoder, vae.decoder):
-            # channels: x, -x, big, -big. Their mean is 0 and their deviation big / 2 whatever x is, so that the group
-            # norm only rescales; SiLU is the identity far to the right of zero.
+            # channels: x, -x, big, -big. Their mean is 0 and their deviation big / 2 whatever x is, so that
+            # the group norm only rescales; SiLU is the identity far to the right of zero.
             for c in range(3):
                 half.conv_in.weight[c, c, 1, 1] = 1
                 half.conv_in.weight[c + 3, c, 1, 1] = -1
@@ -107,7 +112,7 @@ def identity_vae():
 
 
 def contrasting_positions(n, dim):
-    """A table like the stock one, (n * n, dim), but with wavelengths that fit a grid of n: neighbours differ."""
+    """A table like the stock one, (n * n, dim), but its wavelengths fit a grid of n: neighbours differ."""
     t = torch.arange(n)[:, None] * math.pi * torch.arange(1, dim // 4 + 1)[None] / (dim // 4)
     line = torch.cat([t.sin(), t.cos()], 1)                            # (n, dim / 2)
     return torch.cat([line[:, None].expand(n, n, -1), line[None].expand(n, n, -1)], 2).reshape(1, n * n, dim)
@@ -116,16 +121,17 @@ def contrasting_positions(n, dim):
 def build_base(seed=0):
     torch.manual_seed(seed)
     clip1, clip2, t5 = tokenizers()
-    t5_model = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=128, d_kv=32, d_ff=128, num_layers=1, num_heads=4,
-                                       pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False))
+    t5_model = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=128, d_kv=32, d_ff=128, num_layers=1,
+                                       num_heads=4, pad_token_id=0, eos_token_id=1, is_encoder_decoder=False,
+                                       use_cache=False))
     with torch.no_grad():
         t5_model.encoder.block[0].layer[0].SelfAttention.o.weight.mul_(0.1)
     patch = 4
     side = 2 * world.SIZE // patch                                     # twice the picture: room for a diptych
-    net = SD3Transformer2DModel(sample_size=world.SIZE, patch_size=patch, in_channels=3, out_channels=3, num_layers=4,
-                                attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128,
-                                joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=side,
-                                qk_norm='rms_norm')
+    net = SD3Transformer2DModel(sample_size=world.SIZE, patch_size=patch,
+                                in_channels=3, out_channels=3, num_layers=4, attention_head_dim=32,
+                                num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=128,
+                                pooled_projection_dim=128, pos_embed_max_size=side, qk_norm='rms_norm')
     net.pos_embed.pos_embed.copy_(contrasting_positions(side, 128))
     return StableDiffusion3Pipeline(
         transformer=net, vae=identity_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -133,7 +139,7 @@ def build_base(seed=0):
         text_encoder_2=text_encoder(clip2, 0.3), text_encoder_3=t5_model)
 
 
-# ---------------------------------------------------------------------------------------------- rows and pictures
+# ------------------------------------------------------------------------------------------ rows and pictures
 
 def write_bucket(folder, name, bucket, n, hold, seed, pictures=False, only=None, pairs=world.SEEN):
     """A CSV of n rows; edits have their pictures, words alone only if asked. `only` picks scenes."""
@@ -163,18 +169,20 @@ def has_held_pair(scene):
 
 
 def write_data(c):
-    """The files that are kept, for distillation and tests, and in c.work the pairs that teachers learn from."""
+    """The files to keep, for distillation and tests, and in c.work the pairs that teachers learn from."""
     for bucket in world.BUCKETS:
         write_bucket(c.out, bucket, bucket, c.train_rows, False, c.seed)
         write_bucket(c.out, f'{bucket}_val', bucket, c.val_rows, True, c.seed)
     write_bucket(c.out, 't2i_pairs', 't2i', c.val_rows, True, c.seed, only=has_held_pair, pairs=world.PAIRS)
-    for bucket in ('local_edit', 'global_edit'):                       # never seen: edits of the held-out pairs
-        write_bucket(c.work, f'{bucket}_pairs', bucket, c.val_rows, True, c.seed, only=has_held_pair, pairs=world.PAIRS)
+    for bucket in ('local_edit', 'global_edit'):               # never seen: edits of the held-out pairs
+        write_bucket(c.work, f'{bucket}_pairs', bucket, c.val_rows, True, c.seed, only=has_held_pair,
+                     pairs=world.PAIRS)
     for name in c.teachers:
-        write_bucket(c.work, f'{name}_teacher', name, c.pairs if 'edit' in name else c.pairs // 20, False, c.seed, True)
+        write_bucket(c.work, f'{name}_teacher', name, c.pairs if 'edit' in name else c.pairs // 20, False,
+                     c.seed, True)
 
 
-# ---------------------------------------------------------------------------------------------- the base, trained
+# ------------------------------------------------------------------------------------------ the base, trained
 
 def near_row(r):
     """(prompt, source picture, picture): the source differs from the captioned picture in one attribute."""
@@ -195,7 +203,7 @@ def near_row(r):
 
 
 def base_batch(step, c):
-    """22 pictures with words alone, 10 diptychs (4 of them copy their source): rows of (prompt, source, picture)."""
+    """22 pictures with words, 10 diptychs (4 copy their source): rows of (prompt, source, picture)."""
     r = rng(c.seed, 'base', step)
     words = [world.make_row('t2i' if i < 8 else 'open', r) for i in range(22)]
     near = [near_row(r) for _ in range(10)]
@@ -228,7 +236,8 @@ def train_base(c, folder):
             with torch.no_grad():
                 words.update(zip(new, field.encode(new) if new else []))
             # pixels are latents here, so that the VAE need not be asked
-            cond = [{**words[p], **({} if s is None or len(rows) > 10 else {'source': s * 2 - 1})} for p, s, _ in rows]
+            cond = [{**words[p], **({} if s is None or len(rows) > 10 else {'source': s * 2 - 1})}
+                    for p, s, _ in rows]
             x0 = torch.stack([x for _, _, x in rows]) * 2 - 1
             eps = torch.randn(x0.shape, generator=g)
             sigma = torch.sigmoid(torch.randn(len(x0), generator=g) + math.log(3))
@@ -241,7 +250,8 @@ def train_base(c, folder):
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - min(0.998, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(list(ema.values()), list(params.values()),
+                                 1 - min(0.998, (step + 1) / (step + 10)))
         if len(words) > 20000:
             words.clear()
         running = total if running is None else 0.98 * running + 0.02 * total
@@ -263,15 +273,19 @@ def make_teachers(c):
         if (folder / 'adapter_config.json').exists():
             print(f'{folder} is there already')
             continue
-        train_teacher.main([
-            '--method=sft', f'--model={c.out}/base', f"--data=['{c.work}/{name}_teacher.csv']",
-            f"--eval_data=['{c.out}/{name}_val.csv']", f'--out_dir={run}', f'--max_steps={c.teacher_steps[name]}',
-            f"--init_from={'resume' if (run / 'latest').exists() else 'base'}", '--rank=16', '--alpha=32',
-            '--lora_targets=' + repr(['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj',
-                                      'attn.add_k_proj', 'attn.add_v_proj', 'attn.to_add_out', 'ff.net.0.proj', 'ff.net.2',
-                                      'ff_context.net.0.proj', 'ff_context.net.2', 'norm1.linear', 'norm1_context.linear']),
-            '--lr=2e-3', '--batch_size=32', '--micro_batch=32', '--ema_decay=0.99', f'--seed={c.seed}', '--warmup=50',
-            f"--score={Path(__file__).parent / 'world.py'}:score", '--eval_every=500', '--save_every=500', '--log_every=100'])
+        train_teacher.main(['--method=sft',
+                            f'--model={c.out}/base', f"--data=['{c.work}/{name}_teacher.csv']",
+                            f"--eval_data=['{c.out}/{name}_val.csv']",
+                            f'--out_dir={run}', f'--max_steps={c.teacher_steps[name]}',
+                            f"--init_from={'resume' if (run / 'latest').exists() else 'base'}",
+                            '--rank=16', '--alpha=32', '--lora_targets=' +
+                            repr(['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0',
+                                  'attn.add_q_proj', 'attn.add_k_proj', 'attn.add_v_proj', 'attn.to_add_out',
+                                  'ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj', 'ff_context.net.2',
+                                  'norm1.linear', 'norm1_context.linear']), '--lr=2e-3', '--batch_size=32',
+                            '--micro_batch=32', '--ema_decay=0.99', f'--seed={c.seed}', '--warmup=50',
+                            f"--score={Path(__file__).parent / 'world.py'}:score", '--eval_every=500',
+                            '--save_every=500', '--log_every=100'])
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for f in merge_lora.find(run).parent.iterdir():
@@ -292,19 +306,20 @@ def pictures(models, prompts, who, rows, seed, steps=16):
         z = torch.stack([torch.randn(3, world.SIZE, world.SIZE, generator=torch_rng('measure', seed, at + i))
                          for i in range(len(some))])
         with torch.no_grad():
-            z = train_opd.sample(lambda z, s, alive: models.velocity(who, z, s, [cond[j] for j in alive]), z, sigmas)
+            z = train_opd.sample(lambda z, s, alive: models.velocity(who, z, s, [cond[j] for j in alive]), z,
+                                 sigmas)
             out.append(models.field.decode(z))
     return torch.cat(out)
 
 
 def variety(models, prompts, n=96):
-    """Entropy of what a prompt leaves open, over that of a uniform choice: mean over prompts and open things."""
+    """Entropy of what a prompt leaves open, over a uniform choice's: mean over prompts and open things."""
     def ratio(values, of):
         p = [k / len(values) for k in Counter(values).values()]
         return -sum(x * math.log(x) for x in p) / math.log(of)
     found = []
-    for prompt in ('a circle on white', 'a red shape on gray', 'a square on black', 'a triangle', 'a shape top left on white',
-                   'two shapes on gray'):
+    for prompt in ('a circle on white', 'a red shape on gray', 'a square on black', 'a triangle',
+                   'a shape top left on white', 'two shapes on gray'):
         rows = [dict(prompt=prompt, source_image='')] * n
         scenes = [s for s in world.read(pictures(models, prompts, 'base', rows, 'variety')) if s]
         things = [(i, *cell) for s in scenes for i, cell in enumerate(s[1]) if cell]
@@ -316,10 +331,11 @@ def variety(models, prompts, n=96):
 
 
 def measure(c):
-    """The tables, and the contact sheet: what the base and each teacher can do, on scenes that nobody trained on."""
+    """The tables, and the contact sheet: what base and teachers can do, on scenes nobody trained on."""
     field = train_opd.open_field(f'{c.out}/base')
     names = [n for n in c.teachers if (Path(c.out) / 'teachers' / n).exists()]
-    models, prompts = Models(field, [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names]), Prompts(field)
+    models, prompts = Models(field,
+                             [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names]), Prompts(field)
     buckets = {b: f'{c.out}/{b}_val.csv' for b in world.BUCKETS} | {'t2i_pairs': f'{c.out}/t2i_pairs.csv'}
     buckets |= {f'{b}_pairs': f'{c.work}/{b}_pairs.csv' for b in ('local_edit', 'global_edit') if b in names}
     rows, table = {}, {}
@@ -327,7 +343,8 @@ def measure(c):
         found, errors = read_data([path])
         train_opd.need(not errors, '; '.join(errors))
         rows[name] = [r for b in found.values() for r in (b[i] for i in range(len(b)))]
-    print(f'\nright, in % of {c.val_rows} held-out rows, mean (spread) of {c.seeds} sampling seeds; 16 Euler steps, no guidance')
+    print(f'\nright, in % of {c.val_rows} held-out rows, mean (spread) of {c.seeds} sampling seeds; 16 Euler '
+          'steps, no guidance')
     print(f'{"":12s}' + ''.join(f'{b:>17s}' for b in rows))
     for who in ['base', *names]:
         line = {}
@@ -335,15 +352,18 @@ def measure(c):
             got = [world.score(pictures(models, prompts, who, some, seed), some) for seed in range(c.seeds)]
             right = [100 * sum(g['right'] for g in one) / len(one) for one in got]
             kept = [g['kept'] for one in got for g in one if 'kept' in g]
-            line[b] = dict(right=sum(right) / len(right), spread=max(right) - min(right), kept=sum(kept) / len(kept) if kept else None)
+            line[b] = dict(right=sum(right) / len(right), spread=max(right) - min(right),
+                           kept=sum(kept) / len(kept) if kept else None)
         table[who] = line
-        print(f'{who:12s}' + ''.join(f'{v["right"]:10.1f} ({v["spread"]:4.1f})' for v in line.values()), flush=True)
+        print(f'{who:12s}' + ''.join(f'{v["right"]:10.1f} ({v["spread"]:4.1f})' for v in line.values()),
+              flush=True)
     for who in names:
         if 'edit' in who:
             print(f'{who}: mean error of what had to stay {table[who][who]["kept"]:.4f}')
     mean, least = variety(models, prompts)
     table['variety'] = dict(mean=mean, least=least)
-    print(f'open: entropy of what is left open, over that of a uniform choice: {mean:.2f}, the least varied {least:.2f}')
+    print(f'open: entropy of what is left open, over that of a uniform choice: {mean:.2f}, the least varied '
+          f'{least:.2f}')
     (Path(c.out) / 'quality.json').write_text(json.dumps(table, indent=1))
     lines, captions = [], []
     for b in world.BUCKETS:
@@ -356,7 +376,8 @@ def measure(c):
             captions.append(f'{b}: {r["prompt"]}')
     half = (len(lines) + 1) // 2                                       # two columns of rows
     lines = [a + [None] + b for a, b in zip(lines[:half], lines[half:])]
-    grid(lines, Path(c.out) / 'contact_sheet.png', [f'{a}   |   {b}' for a, b in zip(captions[:half], captions[half:])],
+    grid(lines, Path(c.out) / 'contact_sheet.png',
+         [f'{a}   |   {b}' for a, b in zip(captions[:half], captions[half:])],
          ['source', 'base', 'teacher', 'right'] + [''] + ['source', 'base', 'teacher', 'right'], scale=4)
 
 

@@ -1,21 +1,21 @@
 """
 A world of coloured shapes: it draws scenes, names them in plain English, and reads them back from pixels.
 
-A picture is 24 x 24 pixels, two by two cells; a cell is empty or holds a circle, a square or a triangle in one of
-six colours, on one of three backgrounds. Small enough for a laptop, rich enough for five different skills:
+A picture is 24 x 24 pixels, two by two cells; a cell is empty or holds a circle, a square or a triangle in
+one of six colours, on one of three backgrounds. Small enough for a laptop, rich enough for five skills:
 
-    t2i          "a red circle top left and a blue square bottom right on white"     everything is named
-    open         "a circle on white", "two shapes"                                   something is left open
-    count        "three green triangles on black"                                    more than the base ever saw
-    local_edit   "make the circle blue", "remove the square"                         one object changes
-    global_edit  "make the background black", "turn it into its negative"            everything but the layout
+    t2i          "a red circle top left and a blue square bottom right on white"   everything is named
+    open         "a circle on white", "two shapes"                                 something is left open
+    count        "three green triangles on black"                                  more than the base ever saw
+    local_edit   "make the circle blue", "remove the square"                       one object changes
+    global_edit  "make the background black", "turn it into its negative"          everything but the layout
 
-    score(images, rows)   for each picture {'right': 0 or 1} and, for edits, 'kept': the mean error of what had to stay
+    score(images, rows)   a picture's {'right': 0 or 1} and, for edits, 'kept': the error of what had to stay
     reward(images, rows)  the same question answered smoothly, between 0 and 1
     blue(...), top(...)   two tastes, as rewards: the share of the shapes that are blue, or in the upper half
 
-`images` are tensors in [0, 1] of shape (n, 3, 24, 24); a row is a dict with `prompt` and, for edits, `source_image`
-(a path). Run as a script it prints one drawn example of each bucket.
+`images` are tensors in [0, 1] of shape (n, 3, 24, 24); a row is a dict with `prompt` and, for edits,
+`source_image` (a path). Run as a script it prints one drawn example of each bucket.
 """
 import functools
 import hashlib
@@ -37,8 +37,9 @@ LAYOUT = {3: (0, 1, 3), 4: (0, 1, 2, 3)}        # where a counted group stands: 
 HELD_OUT = {('circle', 'purple'), ('square', 'yellow'), ('triangle', 'cyan')}  # never in any training file
 BUCKETS = ['t2i', 'open', 'count', 'local_edit', 'global_edit']
 WORDS = sorted({w for t in (*SHAPES, *[s + 's' for s in SHAPES], *COLOURS, *BACKGROUNDS, *PLACES, *NUMBERS)
-                for w in t.split()} | set('a and on the shape shapes two make paint remove delete background turn it '
-                                          'into its negative invert picture every all change to'.split()))
+                for w in t.split()} | set('a and on the shape shapes two make paint remove delete background '
+                                          'turn it into its negative invert picture every all change '
+                                          'to'.split()))
 PAIRS = [(s, c) for s in SHAPES for c in COLOURS]
 SEEN = [p for p in PAIRS if p not in HELD_OUT]
 
@@ -87,14 +88,14 @@ def load(path):
     """A picture of this world from a file, as (3, 24, 24) in [0, 1]."""
     with Image.open(path) as im:
         if im.size != (SIZE, SIZE):
-            raise ValueError(f'{path} is {im.size[0]} x {im.size[1]} pixels; pictures of the shapes world are '
-                             f'{SIZE} x {SIZE}. Remake the data with: python data/shapes/prepare.py')
+            raise ValueError(f'{path} is {im.size[0]} x {im.size[1]} pixels; pictures of the shapes world '
+                             f'are {SIZE} x {SIZE}. Remake the data with: python data/shapes/prepare.py')
         return torch.frombuffer(bytearray(im.convert('RGB').tobytes()), dtype=torch.uint8) \
             .view(SIZE, SIZE, 3).permute(2, 0, 1).float() / 255
 
 
 # ---------------------------------------------------------------------------------------------- words
-# A wish is what a prompt asks for: (background or None, [(shape, colour, place), ...]) with None where it is open.
+# A wish is what a prompt asks for: (background or None, [(shape, colour, place), ...]), None where open.
 
 def phrase(shape=None, colour=None, place=None):
     return ' '.join(w for w in ('a', colour, shape or 'shape', place) if w)
@@ -137,10 +138,11 @@ def understand(prompt):
     found = [_THING.fullmatch(part) for part in text.split(' and ')]
     if text and all(found) and len(found) <= 4:
         return 'wish', background, [(m[2], m[1], m[3]) for m in found]
-    raise ValueError(f'the shapes world does not understand "{prompt}". It knows sentences such as "a red circle top '
-                     f'left and a blue square bottom right on white", "a circle on white", "three green triangles on '
-                     f'black", and the edits "make the circle blue", "remove the square", "make the background black", '
-                     f'"make every shape red", "turn it into its negative"; its words are: {", ".join(WORDS)}')
+    raise ValueError(f'the shapes world does not understand "{prompt}". It knows sentences such as "a red '
+                     'circle top left and a blue square bottom right on white", "a circle on white", "three '
+                     'green triangles on black", and the edits "make the circle blue", "remove the square", '
+                     '"make the background black", "make every shape red", "turn it into its negative"; its '
+                     f'words are: {", ".join(WORDS)}')
 
 
 def edited(scene, kind, words):
@@ -174,7 +176,7 @@ def held(*key):
 
 def random_scene(rng, pairs=SEEN, most=2, distinct=False):
     n = rng.randint(1, most)
-    if distinct:                                                       # every shape at most once: edits name shapes
+    if distinct:                                               # every shape at most once: edits name shapes
         things = [rng.choice([p for p in pairs if p[0] == s]) for s in rng.sample(SHAPES, n)]
     else:
         things = [rng.choice(pairs) for _ in range(n)]
@@ -196,8 +198,8 @@ def is_held(scene):
 
 
 def open_row(rng):
-    """A prompt that leaves something open and one of the scenes that satisfy it. One thing leaves anything open; of
-    two things the places are named and the rest may be open, or the prompt is just "two shapes"."""
+    """A prompt that leaves something open and one of the scenes that satisfy it. One thing leaves anything
+    open; of two things the places are named and the rest may be open, or the prompt is just "two shapes"."""
     scene = random_scene(rng)
     background, cells = scene
     spots = [i for i, c in enumerate(cells) if c]
@@ -206,8 +208,8 @@ def open_row(rng):
         return sentence('two shapes', show, rng.random() < 0.3), scene
     while True:
         keep = lambda x, p: x if rng.random() < p else None
-        parts = [(keep(cells[i][0], 0.6), keep(cells[i][1], 0.5), PLACES[i] if len(spots) == 2 else keep(PLACES[i], 0.5))
-                 for i in spots]
+        parts = [(keep(cells[i][0], 0.6), keep(cells[i][1], 0.5), PLACES[i] if len(spots) == 2
+                  else keep(PLACES[i], 0.5)) for i in spots]
         if not all(all(p) for p in parts) or not show:
             break
     rng.shuffle(parts)
@@ -215,7 +217,7 @@ def open_row(rng):
 
 
 def make_row(bucket, rng, hold=False, pairs=SEEN):
-    """One example: (prompt, source scene or None, picture that is right). `hold`: from the held-out scenes."""
+    """One example: (prompt, source scene or None, picture that is right). `hold`: from held-out scenes."""
     while True:
         if bucket == 't2i':
             scene = random_scene(rng, pairs)
@@ -227,7 +229,8 @@ def make_row(bucket, rng, hold=False, pairs=SEEN):
             if not hold and is_held(scene):
                 continue
         elif bucket == 'count':
-            word, thing, background = rng.choice(list(NUMBERS)), rng.choice(pairs), rng.choice(list(BACKGROUNDS))
+            word, thing = rng.choice(list(NUMBERS)), rng.choice(pairs)
+            background = rng.choice(list(BACKGROUNDS))
             cells = tuple(thing if i in LAYOUT[NUMBERS[word]] else None for i in range(4))
             prompt = sentence(f'{word} {thing[1]} {thing[0]}s', background, rng.random() < 0.3)
             row, key = (prompt, None, draw((background, cells))), (bucket, word, thing, background)
@@ -263,7 +266,7 @@ def make_row(bucket, rng, hold=False, pairs=SEEN):
             return row
 
 
-# ---------------------------------------------------------------------------------------------- reading pixels
+# --------------------------------------------------------------------------------------------- reading pixels
 
 THINGS = [None] + PAIRS                                                # what a cell can hold
 
@@ -275,10 +278,10 @@ def templates():
 
 
 def distances(images):
-    """(n, 3, 24, 24) -> (n, 3 backgrounds, 4 cells, 19 things): mean squared distance to each possible cell."""
+    """(n, 3, 24, 24) -> (n, 3 backgrounds, 4 cells, 19 things): mean squared distance to each cell."""
     if tuple(images.shape[1:]) != (3, SIZE, SIZE):
-        raise ValueError(f'a picture of {tuple(images.shape[1:])} was given to the scorer; the shapes world reads '
-                         f'3 x {SIZE} x {SIZE}: sample at resolution {SIZE}')
+        raise ValueError(f'a picture of {tuple(images.shape[1:])} was given to the scorer; the shapes world '
+                         f'reads 3 x {SIZE} x {SIZE}: sample at resolution {SIZE}')
     n = len(images)
     cells = images.float().cpu().view(n, 3, 2, CELL, 2, CELL).permute(0, 2, 4, 1, 3, 5).reshape(n, 4, -1)
     t = templates().flatten(2)                                         # |a - b|^2 = |a|^2 - 2ab + |b|^2
@@ -287,7 +290,7 @@ def distances(images):
     return (d / t.shape[-1]).clamp_min(0)
 
 
-TOLERANCE = 0.012        # mean squared error of a cell that still counts as clean; noise of sigma 12/255 has 0.0022
+TOLERANCE = 0.012  # mean squared error of a cell that still counts as clean; noise of sigma 12/255 has 0.0022
 
 
 def read(images):
@@ -336,8 +339,8 @@ def wish(row):
 
 
 def score(images, rows):
-    """One dict a picture: 'right' is 1.0 if it satisfies its prompt, else 0.0; edits also have 'kept', the mean
-    absolute error (0 to 1) over the pixels that the edit had to leave alone (all pixels, for the negative)."""
+    """One dict a picture: 'right' is 1.0 if it satisfies its prompt, else 0.0; edits also have 'kept', the
+    mean absolute error (0 to 1) over the pixels that the edit had to leave alone (all, for the negative)."""
     out = []
     for image, row in zip(images.float().cpu(), rows):
         background, ways, negative = wish(row)
@@ -355,8 +358,8 @@ def score(images, rows):
 
 
 def reward(images, rows, softness=0.03):
-    """How far a picture is on its way to what its row asks for: the best arrangement's mean, over background and
-    cells, of exp(-distance / softness). 1 is a perfect picture; half right is about half."""
+    """How far a picture is on its way to what its row asks for: the best arrangement's mean, over background
+    and cells, of exp(-distance / softness). 1 is a perfect picture; half right is about half."""
     out = []
     for image, row in zip(images.float().cpu(), rows):
         background, ways, negative = wish(row)
@@ -368,8 +371,8 @@ def reward(images, rows, softness=0.03):
 
 
 def _taste(images, rows, liked):
-    """Share of liked things among all things in the picture, read softly; a picture that its row calls wrong gets
-    at most half, so that the taste cannot be had by giving up what was asked for."""
+    """Share of liked things among all things in the picture, read softly; a picture that its row calls wrong
+    gets at most half, so that the taste cannot be had by giving up what was asked for."""
     d = distances(images)
     ground = d.amin(-1).sum(-1).argmin(-1)
     p = (-d[torch.arange(len(d)), ground] / 0.004).softmax(-1)         # (n, 4, 19): what stands in each cell
