@@ -347,6 +347,9 @@ class UNet(Field):
 
     def __init__(self, pipe, *a, **k):
         super().__init__(pipe, *a, **k)
+        if not hasattr(pipe.scheduler, 'sigmas') and type(pipe.scheduler).__name__ != 'DDIMScheduler':
+            from diffusers import DDIMScheduler                        # PNDM and others are no Euler steps
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         abar = pipe.scheduler.alphas_cumprod.double()
         self.noise = ((1 - abar) / abar).sqrt()                        # b / a of every t: grows with t
 
