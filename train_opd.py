@@ -16,7 +16,7 @@ Left out on purpose: full fine-tuning (a LoRA student shares its base with every
 frozen), step distillation, adversarial losses; learning from rewards is train_teacher.py's.
 One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 """
-import contextlib, copy, glob, itertools, json, math, os, random, resource, signal, sys, time
+import atexit, contextlib, copy, glob, itertools, json, math, os, random, resource, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,7 +94,7 @@ anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
 max_steps = 400
 batch_size = 34                     # samples a step, all routes and processes together
-micro_batch = 20                    # samples a forward; the rest is gradient accumulation
+micro_batch = 26                    # samples a forward; the rest is gradient accumulation
 lr = 2e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
 lr_schedule = 'cosine'              # or 'constant'
 warmup = 20                         # steps
@@ -182,7 +182,7 @@ class Field:
     def __init__(self, pipe, device='cpu', max_sequence_length=256, distilled_guidance=3.5):
         self.pipe, self.device, self.net = pipe, torch.device(device), getattr(pipe, self.prefix)
         self.vae, self.max_length, self.distilled_guidance = pipe.vae, max_sequence_length, distilled_guidance
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.factor, self.dtype = 2 ** (len(self.vae.config.block_out_channels) - 1), self.net.dtype
         for m in (self.net, self.vae, *self.encoders().values()):
             m.requires_grad_(False).eval()
         self.net.to(self.device), self.vae.to(self.device)
@@ -226,8 +226,8 @@ class Field:
 
     def velocity(self, z, sigma, cond):
         """z (B, C, H, W), sigma (B,) float32 -> v float32. Autocast lives here and nowhere else."""
-        low = self.net.dtype if self.net.dtype != torch.float32 else torch.bfloat16
-        with torch.autocast(self.device.type, low, enabled=self.net.dtype != torch.float32):
+        low = self.dtype if self.dtype != torch.float32 else torch.bfloat16
+        with torch.autocast(self.device.type, low, enabled=self.dtype != torch.float32):
             return self.forward(z, sigma.float(), cond).float()
 
     def blocks(self):
@@ -237,7 +237,7 @@ class Field:
         return list(some) if names else self.net.transformer_blocks
 
     def stack(self, cond, key):
-        return torch.stack([c[key] for c in cond]).to(self.device, self.net.dtype)
+        return torch.stack([c[key] for c in cond]).to(self.device, self.dtype)
 
 
 class SD3(Field):
@@ -264,7 +264,7 @@ class SD3(Field):
         if 'source' in cond[0] or wide:
             source = self.stack(cond, 'source').to(z.dtype) if 'source' in cond[0] else torch.zeros_like(z)
             x = torch.cat([z, source], 1) if wide else torch.cat([source, z], 3)
-        return self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma,
+        return self.net(hidden_states=x.to(self.dtype), timestep=1000 * sigma,
                         encoder_hidden_states=self.stack(cond, 'text'), return_dict=False,
                         pooled_projections=self.stack(cond, 'pooled'))[0][..., -z.shape[-1]:]
 
@@ -293,7 +293,7 @@ class ZImage(Field):
         return {'source': self.encode_image(x[None])[0], 'seen': seen}
 
     def forward(self, z, sigma, cond):
-        to = lambda x: x.to(self.device, self.net.dtype)
+        to = lambda x: x.to(self.device, self.dtype)
         t, x = (1000 - 1000 * sigma) / 1000, [to(a)[:, None] for a in z]
         if not self.can_edit:
             out = self.net(x, t=t, cap_feats=[to(c['text']) for c in cond], return_dict=False)[0]
@@ -324,7 +324,7 @@ class Flux(Field):
         b, c, h, w = z.shape
         rows, cols = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing='ij')
         ids = torch.stack([torch.full_like(rows, first), rows, cols], -1).view(-1, 3)
-        ids = ids.to(z.device, self.net.dtype)
+        ids = ids.to(z.device, self.dtype)
         return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c), ids
 
     def forward(self, z, sigma, cond):
@@ -333,7 +333,7 @@ class Flux(Field):
         if 'source' in cond[0]:
             source, more = self.tokens(self.stack(cond, 'source').to(z.dtype), 1)
             x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
-        out = self.net(hidden_states=x.to(self.net.dtype), timestep=1000 * sigma / 1000,
+        out = self.net(hidden_states=x.to(self.dtype), timestep=1000 * sigma / 1000,
                        encoder_hidden_states=text, guidance=torch.full_like(sigma, self.distilled_guidance)
                        if embeds else None, pooled_projections=self.stack(cond, 'pooled'), img_ids=ids,
                        txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)[0][:, :n]
@@ -389,9 +389,9 @@ class UNet(Field):
         extra = {}
         if 'pooled' in cond[0]:
             h, w = z.shape[2] * self.factor, z.shape[3] * self.factor
-            ids = torch.tensor([h, w, 0, 0, h, w], device=self.device, dtype=self.net.dtype).expand(len(z), 6)
+            ids = torch.tensor([h, w, 0, 0, h, w], device=self.device, dtype=self.dtype).expand(len(z), 6)
             extra = dict(added_cond_kwargs=dict(text_embeds=self.stack(cond, 'pooled'), time_ids=ids))
-        m = self.net(x.to(self.net.dtype), t, encoder_hidden_states=self.stack(cond, 'text'),
+        m = self.net(x.to(self.dtype), t, encoder_hidden_states=self.stack(cond, 'text'),
                      **extra).sample.float()
         if self.pipe.scheduler.config.prediction_type == 'v_prediction':
             return (a * m + b * x) - (a * x - b * m)                   # eps - x0
@@ -503,7 +503,7 @@ class Models:
         self.field, self.full, self.offload, self.cost = field, {}, offload, {'base': 0}
         self.layers, self.adapters = [], {'student'}
         for t in teachers:
-            name, dtype = t['name'], field.net.dtype
+            name, dtype = t['name'], field.dtype
             if t.get('lora'):
                 adapter = self.fit(merge_lora.read_adapter(t['lora']), f'teacher {name!r}')
                 attach(field.net, name, adapter, dtype)
@@ -853,6 +853,7 @@ def launch(device='', tf32=True):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if size > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if gpu else 'gloo')
+        atexit.register(dist.destroy_process_group)
     return SimpleNamespace(rank=rank, size=size, device=torch.device(device))
 
 
@@ -1168,8 +1169,6 @@ class Run:
                 print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
             print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples '
                   f'the pictures. Try: python sample.py --ckpt {self.out}')
-        if self.world.size > 1:
-            dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------------------

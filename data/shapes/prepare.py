@@ -301,7 +301,7 @@ def pictures(models, prompts, who, rows, seed, steps=16):
     sigmas = models.field.sigmas(steps, world.SIZE, world.SIZE)
     for at in range(0, len(rows), 128):
         some = rows[at:at + 128]
-        prompts.add([(r['prompt'], bool(r['source_image'])) for r in some])
+        prompts.add([('', False), ('', True)] + [train_opd.text_key(r) for r in some])
         cond, _ = prompts.conditions(some, world.SIZE, world.SIZE)
         z = torch.stack([torch.randn(3, world.SIZE, world.SIZE, generator=torch_rng('measure', seed, at + i))
                          for i in range(len(some))])
