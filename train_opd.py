@@ -5,7 +5,7 @@ A student samples with its own current weights. At states z_sigma that it visite
 chosen for that sample (a skill, an edit, a style, guidance itself) says which velocity it would have had; the
 student learns it. Several specialists become one model, adapters on one frozen base like the student.
 
-    python train_opd.py                                      the demonstration: shapes, CPU, about ten minutes
+    python train_opd.py                                      the demonstration: shapes, on a CPU
     python train_opd.py config/sd35_edit.py --lr=1e-4        one GPU: a config file, then single settings
     torchrun --nproc_per_node=8 train_opd.py config/sd35_edit.py
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train_opd.py config/sd35_edit.py
@@ -92,7 +92,7 @@ adv_clip = 5.0                      # flowopd: advantages
 anchor = ''                         # 'base' or a teacher: the student is also held near it (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
-max_steps = 400
+max_steps = 500
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 26                    # samples a forward; the rest is gradient accumulation
 lr = 2e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
@@ -826,9 +826,11 @@ def ppo_loss(logp, logp_old, advantage, clip_range):
 
 def flowopd_reward(estimator, logp_teacher, logp_student, kl):
     """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the drawn action, whose
-    policy gradient is that of -KL. 'paper', 'code': -KL(s), of the state alone: as E[A(s) grad log pi] = 0,
-    'paper' teaches nothing and is here to study; 'code' keeps the KL's own gradient in the loss below."""
-    return logp_teacher - logp_student if estimator == 'k1' else -kl
+    policy gradient is that of -KL; its mean over actions, -KL(s), is taken off as a baseline, because in many
+    dimensions it would drown what the action did. 'paper', 'code': -KL(s) itself, a function of the state
+    alone: as E[A(s) grad log pi] = 0, 'paper' teaches nothing and is here to be studied; 'code' keeps the KL's
+    own gradient in the loss below."""
+    return logp_teacher - logp_student + kl if estimator == 'k1' else -kl
 
 
 def flowopd_loss(logp, logp_old, kl, advantage, estimator, clip_range, adv_clip=5.0):
@@ -1409,7 +1411,9 @@ def main(argv):
                 v, logp, z, s, s_next = run.policy(t, i)
                 error = lambda v, v_t: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde, c.kl_var)
                 kl, logp_t = error(v, t.v_t[i]), run.policy(t, i, t.v_t[i])[1]
-                reward = flowopd_reward(c.reward, logp_t, t.logp[i], kl.detach())
+                var = 'true' if c.reward == 'k1' else c.kl_var         # a baseline has to be the very mean
+                drawn = diffusionopd_loss(t.v[i], t.v_t[i], s, s_next, c.eta, c.sde, var)
+                reward = flowopd_reward(c.reward, logp_t, t.logp[i], drawn)
                 advantage = group_advantage(reward, c.group_size, c.adv_clip)
                 loss, ratio = flowopd_loss(logp, t.logp[i], kl, advantage, c.reward, c.clip_range, c.adv_clip)
                 share = torch.tensor([x.share for x in t.todo], device=z.device) * c.updates / n
