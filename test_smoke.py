@@ -2197,7 +2197,7 @@ def test_what_is_given_wins_over_the_run(tmp_path):
 
 
 def test_noise_follows_seed_prompt_and_picture(tmp_path):
-    words = ['--ckpt=', f'--model={BASE}', f'--prompt={SENTENCES}', '--steps=2', '--num=3']
+    words = ['--ckpt=', f'--model={BASE}', '--prompt=a shape|two shapes', '--steps=2', '--num=3']
     a = shoot(tmp_path, *words, out='a')
     b = shoot(tmp_path, *words, '--batch_size=1', out='b')
     c = shoot(tmp_path, *words[:-1], '--num=1', '--seed=1', out='c')
