@@ -16,7 +16,8 @@ Left out on purpose: full fine-tuning (a LoRA student shares its base with every
 frozen), step distillation, adversarial losses; learning from rewards is train_teacher.py's.
 One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 """
-import atexit, contextlib, copy, glob, itertools, json, math, os, random, resource, signal, sys, time
+import atexit, contextlib, copy, glob, itertools, json, math, os, random, resource
+import signal, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -484,10 +485,16 @@ def guided(field, z, sigma, cond, empty=None, w=1.0):
 # ------------------------------------------------------------------------------------------------------------
 # One frozen base, adapters on it by name, full models beside it
 
+def add_adapter(net, name, **config):
+    from peft import LoraConfig
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # several adapters on one model is the point
+        net.add_adapter(LoraConfig(**config), adapter_name=name)
+
+
 def attach(net, name, adapter, dtype=None):
     """Puts adapter tensors {module: (A, B, scale)} on the net under a name, exactly as they are, frozen."""
-    from peft import LoraConfig
-    net.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=sorted(adapter)), adapter_name=name)
+    add_adapter(net, name, r=1, lora_alpha=1, target_modules=sorted(adapter))
     for key, (A, B, scale) in adapter.items():
         layer = net.get_submodule(key)
         for part, x in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
@@ -569,7 +576,6 @@ class Student:
     """The one adapter that learns, in float32, with its optimizer and its average."""
 
     def __init__(self, net, rank, alpha, targets, seed=0, init=None, betas=(0.9, 0.99), weight_decay=0.0):
-        from peft import LoraConfig
         torch.manual_seed(seed)
         linear = [k for k, m in net.named_modules()
                   if isinstance(getattr(m, 'base_layer', m), torch.nn.Linear) and 'lora_' not in k
@@ -581,8 +587,8 @@ class Student:
         surplus = sorted(set(init or ()) - set(names))
         need(not surplus, f'init_from: {len(surplus)} modules of the start, as {surplus[:1]}, are not in '
              f'lora_targets; add them there, or leave lora_targets None')
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights='gaussian')
-        net.add_adapter(config, adapter_name='student')
+        add_adapter(net, 'student', r=rank, lora_alpha=alpha, target_modules=names,
+                    init_lora_weights='gaussian')
         for key, module in (init or {}).items():
             layer, (A, B) = net.get_submodule(key), merge_lora.to_rank(module, rank)
             used = A.flatten(1).abs().amax(1) > 0                      # a surplus row keeps its random start
@@ -828,7 +834,7 @@ def flowopd_reward(estimator, logp_teacher, logp_student, kl):
     """Flow-OPD (2605.08063), reward of one step. 'k1': log p_T(a|s) - log p_S(a|s) of the drawn action, whose
     policy gradient is that of -KL; its mean over actions, -KL(s), is taken off as a baseline, because in many
     dimensions it would drown what the action did. 'paper', 'code': -KL(s) itself, a function of the state
-    alone: as E[A(s) grad log pi] = 0, 'paper' teaches nothing and is here to be studied; 'code' keeps the KL's
+    alone: as E[A(s) grad log pi] = 0, 'paper' teaches nothing and is here to study; 'code' keeps the KL's
     own gradient in the loss below."""
     return logp_teacher - logp_student + kl if estimator == 'k1' else -kl
 
