@@ -754,6 +754,16 @@ def test_every_family_learns_and_resumes(name, tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+def test_other_schedulers_of_unets_become_ddim():
+    """SD1.5's own repository ships PNDM, whose list of times repeats one: no Euler steps."""
+    field = build('sd15')
+    field.pipe.scheduler = diffusers.PNDMScheduler.from_config(field.pipe.scheduler.config, skip_prk_steps=True)
+    again = T.UNet(field.pipe, 'cpu', LENGTH)
+    for n in (1, 4, 20):
+        s = again.sigmas(n, 64, 64)
+        assert len(s) == n + 1 and (s[1:] < s[:-1]).all() and s[-1] == 0 and s[0] < 1, s
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Settings, and adapter files
 

@@ -488,7 +488,7 @@ def guided(field, z, sigma, cond, empty=None, w=1.0):
 def add_adapter(net, name, **config):
     from peft import LoraConfig
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                # several adapters on one model is the point
+        warnings.simplefilter('ignore')                                # several on one model are the point
         net.add_adapter(LoraConfig(**config), adapter_name=name)
 
 
