@@ -1043,6 +1043,15 @@ class Run:
             some = [s for s in todo if bool(s.data['source_image']) == has_source]
             yield from (some[i:i + size] for i in range(0, len(some), size))
 
+    def group_chunks(self, todo):
+        """The same, with whole groups: those are compared with each other."""
+        return self.chunks(todo, max(1, self.c.micro_batch // self.c.group_size) * self.c.group_size)
+
+    def parts(self, todo):
+        """A rollout's groups, dealt to the optimizer steps that it is used for."""
+        n = self.c.updates
+        return [[s for s in todo if s.group // self.world.size % n == u] for u in range(n)]
+
     def begin(self, todo, n, guidance=1.0, who='student'):
         """A chunk's words and sources, its state at sigmas[0], and a model as a function for rollout."""
         cond, empty = self.prompts.conditions([s.data for s in todo], self.d.height, self.d.width)
@@ -1406,10 +1415,9 @@ def main(argv):
 
     def flowopd(todo):
         """Policy gradient of the same KL, step by step, on trajectories drawn with the weights of before."""
-        n, size = c.steps - c.drop_last, max(1, c.micro_batch // c.group_size) * c.group_size
-        parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
+        n = c.steps - c.drop_last
         rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance)
-                   for x in run.chunks(p, size)] for p in parts]
+                   for x in run.group_chunks(part)] for part in run.parts(todo)]
         for t in itertools.chain(*rolled):
             t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo)), t.cond, t.empty) for i in range(n)]
         for part in rolled:

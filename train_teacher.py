@@ -26,8 +26,8 @@ import rewards
 import train_opd
 from configurator import collect
 from files import curve, grid, load_function, load_image
-from train_opd import (Run, check_data, check_settings, gather, group_advantage, kl_weight, need, ppo_loss,
-                       rng, score_mean, torch_rng, velocity_error)
+from train_opd import (Run, check_data, check_settings, diffusionopd_loss, gather, group_advantage, need,
+                       ppo_loss, rng, score_mean, torch_rng, velocity_error)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
@@ -229,12 +229,11 @@ def main(argv):
             return torch.zeros(len(z), device=z.device)
         with torch.no_grad():
             v_base = models.velocity('base', z, s, t.cond, t.empty, c.guidance)
-        return kl_weight(s, s_next, c.eta, c.sde) * velocity_error(v, v_base)
+        return diffusionopd_loss(v, v_base, s, s_next, c.eta, c.sde)
 
     def rolled(todo, n):
         """Trajectories and final latents. Rewards are asked in a thread, while the next chunk is sampled."""
-        size = max(1, c.micro_batch // c.group_size) * c.group_size
-        for some in run.chunks(todo, size):
+        for some in run.group_chunks(todo):
             t = run.trajectory(some, path, n, c.eta, c.sde, c.guidance)
             with torch.no_grad():
                 z, s = t.z[-1], path[n].expand(len(some))
@@ -245,10 +244,9 @@ def main(argv):
     def grpo(todo, step):
         """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
         n = c.steps - c.drop_last
-        parts = [[s for s in todo if s.group // run.world.size % c.updates == u] for u in range(c.updates)]
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
             jobs = [[(t, pool.submit(ask_rewards, run.field.decode(t.x0), [s.data for s in t.todo]))
-                     for t in rolled(p, n)] for p in parts]
+                     for t in rolled(p, n)] for p in run.parts(todo)]
             got = [[(t, job.result()) for t, job in part] for part in jobs]
         trained = sorted(rng(c.seed, step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction))))
         for part in got:
