@@ -14,7 +14,7 @@ class BadInput(Exception):
 
 def collect(module):
     """(defaults, types) of the settings that `module` has so far; an annotation widens what one accepts."""
-    notes = vars(module).get('__annotations__', {})
+    notes = getattr(module, '__annotations__', {})
     defaults = {k: v for k, v in vars(module).items()
                 if not (k.startswith('_') or isinstance(v, types.ModuleType) or callable(v))}
     return defaults, {k: notes.get(k, object if v is None else type(v)) for k, v in defaults.items()}

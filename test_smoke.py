@@ -102,7 +102,7 @@ def test_score_refuses_wrong_pictures():
             negative = 'negative' in row['prompt'] or 'invert' in row['prompt']
             scene = shapes.read((1 - picture if negative else picture)[None])[0]
             if not any(scene[1]):
-                continue                                               # everything was removed: nothing to spoil
+                continue  # everything was removed: nothing to spoil
             bad, what = spoiled(scene, r)
             if bucket == 'count' and what == 'place':
                 continue                                               # a count does not say where
@@ -134,23 +134,36 @@ def test_reward_is_smooth_and_orders_pictures():
     noise = torch.rand(x.shape, generator=g)
     levels = [sum(shapes.reward((1 - a) * x + a * noise, rows)) / len(rows) for a in (0.0, 0.2, 0.4, 0.8)]
     assert levels[0] > 0.999 and all(a > b for a, b in zip(levels, levels[1:])) and levels[-1] < 0.2, levels
-    blue = shapes.blue(torch.stack([shapes.draw(('white', (('circle', c), None, None, None))) for c in ('blue', 'red')]),
-                      [dict(prompt='a circle on white')] * 2)
+    blue = shapes.blue(
+        torch.stack([shapes.draw(('white', (('circle', c), None, None, None))) for c in ('blue', 'red')]),
+        [dict(prompt='a circle on white')] * 2,
+    )
     assert blue[0] > 0.95 and blue[1] < 0.05
 
 
 def test_held_out_scenes_and_pairs_never_occur_in_training():
-    train = {r['prompt'] + r['source_image'] for b in ('t2i', 'count') for r in rows_of(f'data/shapes/{b}.csv')}
+    train = {
+        r['prompt'] + r['source_image'] for b in ('t2i', 'count') for r in rows_of(f'data/shapes/{b}.csv')
+    }
     for b in ('t2i', 'count'):
-        scenes = lambda name: {tuple(sorted(map(repr, shapes.understand(r['prompt'])[2]))) + (shapes.understand(
-            r['prompt'])[1],) + (r['prompt'].split()[0] if b == 'count' else '',) for r in rows_of(name)}
+        scenes = lambda name: {
+            tuple(sorted(map(repr, shapes.understand(r['prompt'])[2])))
+            + (shapes.understand(r['prompt'])[1],)
+            + (r['prompt'].split()[0] if b == 'count' else '',)
+            for r in rows_of(name)
+        }
         assert not scenes(f'data/shapes/{b}.csv') & scenes(f'data/shapes/{b}_val.csv')
     for p in train:
         assert not any(f'{c} {s}' in p for s, c in shapes.HELD_OUT), p
-    assert all(any(f'{c} {s}' in r['prompt'] for s, c in shapes.HELD_OUT) for r in rows_of('data/shapes/t2i_pairs.csv'))
+    assert all(
+        any(f'{c} {s}' in r['prompt'] for s, c in shapes.HELD_OUT)
+        for r in rows_of('data/shapes/t2i_pairs.csv')
+    )
 
 
-@pytest.mark.parametrize('prompt', ['a purple elephant', 'five circles', 'make it nice', '', 'a red circle on pink'])
+@pytest.mark.parametrize(
+    'prompt', ['a purple elephant', 'five circles', 'make it nice', '', 'a red circle on pink']
+)
 def test_prompts_outside_the_grammar(prompt):
     with pytest.raises(ValueError, match='does not understand'):
         shapes.understand(prompt)
@@ -718,7 +731,7 @@ LEARN = dict(zimage='danceopd', omni='diffusionopd', flux='flowopd', kontext='da
 
 
 def learns(name, method, folder):
-    """A short run of a method on a family's saved pipeline: its result, and the state after a resume half-way."""
+    """A short run of a method on a family's saved pipeline: its result, and the state after a resume."""
     field, edit = build(name), name in ('omni', 'kontext', 'sd3-wide')
     height, width = LARGER[0] if name == 'omni' else SIZES[0]
     field.pipe.save_pretrained(folder / 'model')
@@ -726,24 +739,53 @@ def learns(name, method, folder):
               if isinstance(m, torch.nn.Linear) and any(k.endswith('.' + t) for t in field.targets)}
     g = torch.Generator().manual_seed(1)
     draw = lambda *s: torch.randn(*s, generator=g) / s[1] ** 0.5
-    merge_lora.write_adapter(folder / 'teacher', {k: (draw(2, s[1]), 2 * draw(s[0], 2), 1.0) for k, s in linear.items()},
-                             prefix=field.prefix)
+    merge_lora.write_adapter(
+        folder / 'teacher',
+        {k: (draw(2, s[1]), 2 * draw(s[0], 2), 1.0) for k, s in linear.items()},
+        prefix=field.prefix,
+    )
     picture(0, (height, width)).save(folder / 'source.png')
     rows = [f'{w},things,{"source.png" if edit else ""}' for w in WORDS]
     (folder / 'things.csv').write_text('\n'.join(['prompt,task,source_image', *rows]))
-    args = [f'--model={folder}/model', f'--resolution=[{height}, {width}]', '--init_from=base', '--device=cpu',
-            f"--teachers=[{{'name': 'one', 'lora': '{folder}/teacher'}}]", '--lr_schedule=constant', '--warmup=1',
-            "--routes=[{'teacher': 'one', 'data': 'things'}]", f"--data=['{folder}/things.csv']", '--rank=4',
-            '--alpha=4', '--lr=1e-2', '--steps=3', '--max_steps=8', '--save_every=4', '--eval_every=100', '--show=1',
-            '--sample_steps=2', '--eval_samples=3', f'--max_sequence_length={LENGTH}', f'--method={method}',
-            '--batch_size=6', '--micro_batch=6', '--ema_decay=0', '--ckpt_keep=9']
+    args = [
+        f'--model={folder}/model',
+        f'--resolution=[{height}, {width}]',
+        '--init_from=base',
+        '--device=cpu',
+        f"--teachers=[{{'name': 'one', 'lora': '{folder}/teacher'}}]",
+        '--lr_schedule=constant',
+        '--warmup=1',
+        "--routes=[{'teacher': 'one', 'data': 'things'}]",
+        f"--data=['{folder}/things.csv']",
+        '--rank=4',
+        '--alpha=4',
+        '--lr=1e-2',
+        '--steps=3',
+        '--max_steps=8',
+        '--save_every=4',
+        '--eval_every=100',
+        '--show=1',
+        '--sample_steps=2',
+        '--eval_samples=3',
+        f'--max_sequence_length={LENGTH}',
+        f'--method={method}',
+        '--batch_size=6',
+        '--micro_batch=6',
+        '--ema_decay=0',
+        '--ckpt_keep=9',
+    ]
     if method == 'flowopd':
         args += ['--eta=0.7', '--group_size=3', '--reward=code', '--drop_last=True']
     train_opd.main(args + [f'--out_dir={folder}/run'])
     shutil.copytree(folder / 'run', folder / 'half', symlinks=True)
     shutil.rmtree(folder / 'half' / 'step_000008')
-    train_opd.main([a for a in args if 'init_from' not in a] + [f'--out_dir={folder}/half', '--init_from=resume'])
-    ends = [torch.load(folder / r / 'step_000008' / 'train_state.pt', weights_only=True)['student'] for r in ('run', 'half')]
+    train_opd.main(
+        [a for a in args if 'init_from' not in a] + [f'--out_dir={folder}/half', '--init_from=resume']
+    )
+    ends = [
+        torch.load(folder / r / 'step_000008' / 'train_state.pt', weights_only=True)['student']
+        for r in ('run', 'half')
+    ]
     return json.loads((folder / 'run' / 'result.json').read_text())['things'], ends
 
 
@@ -757,7 +799,9 @@ def test_every_family_learns_and_resumes(name, tmp_path):
 def test_other_schedulers_of_unets_become_ddim():
     """SD1.5's own repository ships PNDM, whose list of times repeats one: no Euler steps."""
     field = build('sd15')
-    field.pipe.scheduler = diffusers.PNDMScheduler.from_config(field.pipe.scheduler.config, skip_prk_steps=True)
+    field.pipe.scheduler = diffusers.PNDMScheduler.from_config(
+        field.pipe.scheduler.config, skip_prk_steps=True
+    )
     again = T.UNet(field.pipe, 'cpu', LENGTH)
     for n in (1, 4, 20):
         s = again.sigmas(n, 64, 64)
@@ -770,8 +814,12 @@ def test_other_schedulers_of_unets_become_ddim():
 # -------------------- configurator
 def settings():
     m = types.ModuleType('script')
-    exec('import os\nfrom pathlib import Path\n_hidden = 1\nlr = 1e-4\nsteps = 10\ncompile = False\nname = "x"\n'
-         'seed: int | None = None\nwhich: str | int = "a"\nroutes = [1, 2]\npair = (1, 2)\ndef f(): pass\n', vars(m))
+    exec(
+        'import os\nfrom pathlib import Path\n_hidden = 1\nlr = 1e-4\nsteps = 10\ncompile = False\n'
+        'name = "x"\n'
+        'seed: int | None = None\nwhich: str | int = "a"\nroutes = [1, 2]\npair = (1, 2)\ndef f(): pass\n',
+        vars(m),
+    )
     return collect(m)
 
 
@@ -786,26 +834,60 @@ def test_collect_takes_settings_only():
     assert kinds['lr'] is float and isinstance(3, kinds['seed']) and isinstance(None, kinds['seed'])
 
 
-@pytest.mark.parametrize('argv, key, value', [
-    (['--lr=1'], 'lr', 1.0), (['--lr', '1e-3'], 'lr', 1e-3), (['--lr', '-1.0'], 'lr', -1.0), (['--lr=1', '--lr=2'], 'lr', 2.0),
-    (['--compile'], 'compile', True), (['--compile', '--steps=3'], 'compile', True), (['--compile', '--steps=3'], 'steps', 3),
-    (['--compile', 'False'], 'compile', False), (['--compile=True'], 'compile', True),
-    (['--name=a=b=c'], 'name', 'a=b=c'), (['--name=3'], 'name', '3'), (['--name='], 'name', ''), (['--name', 'a b'], 'name', 'a b'),
-    (['--seed=None'], 'seed', None), (['--seed=3'], 'seed', 3), (['--which=3'], 'which', 3), (['--which=b'], 'which', 'b'),
-    (['--which=True'], 'which', 'True'), (['--routes=(3,4)'], 'routes', [3, 4]), (['--routes=[]'], 'routes', []),
-    (['--pair=[3,4]'], 'pair', (3, 4)), ([], 'seed', None)])
+@pytest.mark.parametrize(
+    'argv, key, value',
+    [
+        (['--lr=1'], 'lr', 1.0),
+        (['--lr', '1e-3'], 'lr', 1e-3),
+        (['--lr', '-1.0'], 'lr', -1.0),
+        (['--lr=1', '--lr=2'], 'lr', 2.0),
+        (['--compile'], 'compile', True),
+        (['--compile', '--steps=3'], 'compile', True),
+        (['--compile', '--steps=3'], 'steps', 3),
+        (['--compile', 'False'], 'compile', False),
+        (['--compile=True'], 'compile', True),
+        (['--name=a=b=c'], 'name', 'a=b=c'),
+        (['--name=3'], 'name', '3'),
+        (['--name='], 'name', ''),
+        (['--name', 'a b'], 'name', 'a b'),
+        (['--seed=None'], 'seed', None),
+        (['--seed=3'], 'seed', 3),
+        (['--which=3'], 'which', 3),
+        (['--which=b'], 'which', 'b'),
+        (['--which=True'], 'which', 'True'),
+        (['--routes=(3,4)'], 'routes', [3, 4]),
+        (['--routes=[]'], 'routes', []),
+        (['--pair=[3,4]'], 'pair', (3, 4)),
+        ([], 'seed', None),
+    ],
+)
 def test_values(argv, key, value):
     got = getattr(configure(settings(), argv), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['--stps=3'], ['stps', 'steps']), (['--f=3'], ['unknown setting f']), (['--_hidden=3'], ['unknown setting']),
-    (['--steps=1.5'], ['steps', 'int', 'float', '1.5']), (['--steps=True'], ['int', 'bool']), (['--lr=True'], ['float', 'bool']),
-    (['--compile=1'], ['bool', 'int']), (['--steps=None'], ['steps', 'None, which it does not accept']),
-    (['--steps=ten'], ['int', "'ten'"]), (['--steps'], ['needs a value']), (['--lr', '--steps=3'], ['needs a value']),
-    (['--seed=x'], ['int or None']), (['missing.py'], ['no such config file', 'missing.py']),
-    (['lr=3'], ['no such config file', '--lr=3']), (['-lr=3'], ['--lr=3']), (['steps', '3'], ['--steps']), (['.'], ['no such config'])])
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--stps=3'], ['stps', 'steps']),
+        (['--f=3'], ['unknown setting f']),
+        (['--_hidden=3'], ['unknown setting']),
+        (['--steps=1.5'], ['steps', 'int', 'float', '1.5']),
+        (['--steps=True'], ['int', 'bool']),
+        (['--lr=True'], ['float', 'bool']),
+        (['--compile=1'], ['bool', 'int']),
+        (['--steps=None'], ['steps', 'None, which it does not accept']),
+        (['--steps=ten'], ['int', "'ten'"]),
+        (['--steps'], ['needs a value']),
+        (['--lr', '--steps=3'], ['needs a value']),
+        (['--seed=x'], ['int or None']),
+        (['missing.py'], ['no such config file', 'missing.py']),
+        (['lr=3'], ['no such config file', '--lr=3']),
+        (['-lr=3'], ['--lr=3']),
+        (['steps', '3'], ['--steps']),
+        (['.'], ['no such config']),
+    ],
+)
 def test_refusals(argv, words):
     with pytest.raises(BadInput) as e:
         configure(settings(), argv)
@@ -824,11 +906,20 @@ def test_config_files_in_order(tmp_path):
     assert s == settings()
 
 
-@pytest.mark.parametrize('text, words', [
-    ('stesp = 3', ['stesp', 'steps']), ('def g(): pass', ['unknown setting g']), ('class G: pass', ['unknown setting G']),
-    ('\nsteps = 1/0', ['line 2', 'ZeroDivisionError', 'division']), ('steps = 1\nlr = (', ['line 2', 'SyntaxError']),
-    ('steps = "3"', ['steps', 'int', "'3'"]), ('steps = nope', ['line 1', 'nope']), ('lr = None', ['None, which']),
-    ('steps = 2\n\nraise SystemExit(0)', ['line 3'])])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('stesp = 3', ['stesp', 'steps']),
+        ('def g(): pass', ['unknown setting g']),
+        ('class G: pass', ['unknown setting G']),
+        ('\nsteps = 1/0', ['line 2', 'ZeroDivisionError', 'division']),
+        ('steps = 1\nlr = (', ['line 2', 'SyntaxError']),
+        ('steps = "3"', ['steps', 'int', "'3'"]),
+        ('steps = nope', ['line 1', 'nope']),
+        ('lr = None', ['None, which']),
+        ('steps = 2\n\nraise SystemExit(0)', ['line 3']),
+    ],
+)
 def test_config_file_refusals(tmp_path, text, words):
     path = conf(tmp_path, text)
     with pytest.raises(BadInput) as e:
@@ -844,22 +935,39 @@ def test_help(capsys):
 
 
 def test_run_exit_codes(tmp_path):
-    code = 'import sys; sys.argv[0] = "x/job.py"\nfrom configurator import *\ndef main(argv): raise {}\nrun(main)'
-    for raised, rc, err in [('BadInput("mend me")', 2, 'job.py: mend me\n'), ('KeyboardInterrupt', 130, 'job.py: interrupted\n')]:
-        p = subprocess.run([sys.executable, '-c', code.format(raised)], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        'import sys; sys.argv[0] = "x/job.py"\nfrom configurator import *\n'
+        'def main(argv): raise {}\nrun(main)'
+    )
+    for raised, rc, err in [
+        ('BadInput("mend me")', 2, 'job.py: mend me\n'),
+        ('KeyboardInterrupt', 130, 'job.py: interrupted\n'),
+    ]:
+        p = subprocess.run(
+            [sys.executable, '-c', code.format(raised)], cwd=ROOT, capture_output=True, text=True
+        )
         assert (p.returncode, p.stderr) == (rc, err)
 
 
 # -------------------- LoRA files
-TARGETS = {'sd3': 'to_q to_out.0 add_k_proj ff.net.2', 'zimage': 'to_q to_out.0 w2', 'flux': 'to_k to_out.0 proj_mlp proj_out',
-           'sd15': 'to_q to_out.0 conv1 proj_in', 'sdxl': 'to_v to_out.0 conv_shortcut'}
+TARGETS = {
+    'sd3': 'to_q to_out.0 add_k_proj ff.net.2',
+    'zimage': 'to_q to_out.0 w2',
+    'flux': 'to_k to_out.0 proj_mlp proj_out',
+    'sd15': 'to_q to_out.0 conv1 proj_in',
+    'sdxl': 'to_v to_out.0 conv_shortcut',
+}
 WITH_UNET = ('sd15', 'sdxl')
 prefix = lambda family: 'unet' if family in WITH_UNET else 'transformer'
 net_of = lambda pipe: getattr(pipe, 'transformer', None) or pipe.unet
 
 
 def shapes_of(net):
-    return {k: tuple(m.weight.shape) for k, m in net.named_modules() if hasattr(m, 'weight') and m.weight is not None}
+    return {
+        k: tuple(m.weight.shape)
+        for k, m in net.named_modules()
+        if hasattr(m, 'weight') and m.weight is not None
+    }
 
 
 def make(net, family, seed=0, r=4, scale=0.5, keep=lambda i: True):
@@ -876,13 +984,29 @@ def output(net, family):
     rand = lambda *s: torch.randn(*s, generator=g)
     with torch.no_grad():
         if family == 'sd3':
-            return net(rand(2, 16, 8, 8), rand(2, 7, 32), rand(2, 32), torch.tensor([500.0, 20.0]), return_dict=False)[0]
+            return net(
+                rand(2, 16, 8, 8), rand(2, 7, 32), rand(2, 32), torch.tensor([500.0, 20.0]), return_dict=False
+            )[0]
         if family == 'zimage':
-            return torch.stack(net([rand(16, 1, 8, 8)], torch.tensor([0.5]), [rand(7, 16)], return_dict=False)[0])
+            return torch.stack(
+                net([rand(16, 1, 8, 8)], torch.tensor([0.5]), [rand(7, 16)], return_dict=False)[0]
+            )
         if family == 'flux':
-            return net(rand(2, 16, 64), rand(2, 7, 16), rand(2, 16), torch.tensor([0.5, 0.1]), img_ids=torch.zeros(16, 3),
-                       txt_ids=torch.zeros(7, 3), guidance=torch.ones(2), return_dict=False)[0]
-        more = dict(added_cond_kwargs=dict(text_embeds=rand(2, 16), time_ids=rand(2, 6))) if family == 'sdxl' else {}
+            return net(
+                rand(2, 16, 64),
+                rand(2, 7, 16),
+                rand(2, 16),
+                torch.tensor([0.5, 0.1]),
+                img_ids=torch.zeros(16, 3),
+                txt_ids=torch.zeros(7, 3),
+                guidance=torch.ones(2),
+                return_dict=False,
+            )[0]
+        more = (
+            dict(added_cond_kwargs=dict(text_embeds=rand(2, 16), time_ids=rand(2, 6)))
+            if family == 'sdxl'
+            else {}
+        )
         return net(rand(2, 4, 8, 8), 500, rand(2, 7, 32 if more else 16), **more, return_dict=False)[0]
 
 
@@ -912,7 +1036,10 @@ def pack(adapter, how, folder, family, alpha=None):
     r = next(iter(adapter.values()))[0].shape[0]
     alpha = next(iter(adapter.values()))[2] * r
     ab = lambda start, a='lora_A', b='lora_B', name=str: {
-        f'{start}{name(k)}.{s}.weight': t.contiguous() for k, (A, B, _) in adapter.items() for s, t in ((a, A), (b, B))}
+        f'{start}{name(k)}.{s}.weight': t.contiguous()
+        for k, (A, B, _) in adapter.items()
+        for s, t in ((a, A), (b, B))
+    }
     alphas = lambda start, name=str: {f'{start}{name(k)}.alpha': torch.tensor(alpha) for k in adapter}
     flat, p = lambda k: k.replace('.', '_'), prefix(family)
     config = dict(peft_type='LORA', r=r, lora_alpha=alpha, target_modules=sorted(adapter))
@@ -921,8 +1048,11 @@ def pack(adapter, how, folder, family, alpha=None):
         (folder / 'adapter_config.json').write_text(json.dumps(config))
         save_file(ab('base_model.model.'), folder / 'adapter_model.safetensors')
     elif how == 'diffusers':
-        save_file(ab(f'{p}.'), folder / 'pytorch_lora_weights.safetensors',
-                  {'format': 'pt', 'lora_adapter_metadata': json.dumps({f'{p}.{k}': v for k, v in config.items()})})
+        save_file(
+            ab(f'{p}.'),
+            folder / 'pytorch_lora_weights.safetensors',
+            {'format': 'pt', 'lora_adapter_metadata': json.dumps({f'{p}.{k}': v for k, v in config.items()})},
+        )
     elif how == 'diffusers-alpha':
         save_file(ab(f'{p}.', 'lora.down', 'lora.up') | alphas(f'{p}.'), file)
     elif how == 'diffusion_model':
@@ -936,7 +1066,16 @@ def pack(adapter, how, folder, family, alpha=None):
     return folder
 
 
-PACKAGINGS = ['peft', 'diffusers', 'diffusers-alpha', 'diffusion_model', 'diffusion_model-down', 'lora_unet_', 'lora_transformer_', 'bare']
+PACKAGINGS = [
+    'peft',
+    'diffusers',
+    'diffusers-alpha',
+    'diffusion_model',
+    'diffusion_model-down',
+    'lora_unet_',
+    'lora_transformer_',
+    'bare',
+]
 
 
 @pytest.mark.parametrize('family', TARGETS)
@@ -948,12 +1087,16 @@ def test_packagings_and_both_loaders(family, tmp_path):
     assert (want - base).abs().max() > 1e-3
     for how in PACKAGINGS:
         got = merge_lora.fit(merge_lora.read_adapter(pack(adapter, how, tmp_path / how, family)), shapes, how)
-        assert same(got, adapter, 0) and all(t.dtype == torch.float32 for m in got.values() for t in m[:2]), how
+        assert same(got, adapter, 0) and all(
+            t.dtype == torch.float32 for m in got.values() for t in m[:2]
+        ), how
     for kw in {}, {'alpha': 3.0}:
         out = tmp_path / f'out{len(kw)}'
         merge_lora.write_adapter(out, got, prefix=prefix(family), **kw)
         assert {f.name for f in out.iterdir()} == {*merge_lora.FILES, 'adapter_config.json'}
-        assert same(merge_lora.read_adapter(out), adapter, 1e-7) and same(merge_lora.read_adapter(out / merge_lora.FILES[1]), adapter, 1e-7)
+        assert same(merge_lora.read_adapter(out), adapter, 1e-7) and same(
+            merge_lora.read_adapter(out / merge_lora.FILES[1]), adapter, 1e-7
+        )
         pipe.load_lora_weights(out)
         assert (output(net, family) - want).abs().max() < 2e-5
         pipe.unload_lora_weights()
@@ -972,15 +1115,23 @@ def test_peft_patterns_and_rslora(family, tmp_path):
     import peft
     net = net_of(build(family).pipe)
     base = output(net, family)
-    for i, kw in enumerate([dict(rank_pattern={'to_q': 3, 'to_out.0': 5}, alpha_pattern={'to_q': 7}), dict(use_rslora=True)]):
-        config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=['to_q', 'to_out.0', 'conv1'], init_lora_weights=False, **kw)
+    for i, kw in enumerate(
+        [dict(rank_pattern={'to_q': 3, 'to_out.0': 5}, alpha_pattern={'to_q': 7}), dict(use_rslora=True)]
+    ):
+        config = peft.LoraConfig(
+            r=4, lora_alpha=2, target_modules=['to_q', 'to_out.0', 'conv1'], init_lora_weights=False, **kw
+        )
         wrapped = peft.get_peft_model(net, config)
         want = output(wrapped, family)
         wrapped.save_pretrained(tmp_path / str(i))
         net = wrapped.unload()
         adapter = merge_lora.fit(merge_lora.read_adapter(tmp_path / str(i)), shapes_of(net))
-        assert (want - base).abs().max() > 1e-3 and (output(added(net, adapter), family) - want).abs().max() < 2e-5
-        merge_lora.write_adapter(tmp_path / f'w{i}', adapter, prefix=prefix(family))  # different ranks: padded to one
+        assert (want - base).abs().max() > 1e-3 and (
+            output(added(net, adapter), family) - want
+        ).abs().max() < 2e-5
+        merge_lora.write_adapter(
+            tmp_path / f'w{i}', adapter, prefix=prefix(family)
+        )  # different ranks: padded to one
         wrapped = peft.PeftModel.from_pretrained(net, tmp_path / f'w{i}')
         assert (output(wrapped, family) - want).abs().max() < 2e-5
         net = wrapped.unload()
@@ -988,7 +1139,12 @@ def test_peft_patterns_and_rslora(family, tmp_path):
 
 def test_write_scales(tmp_path):
     A, B = torch.randn(4, 6), torch.randn(5, 4)
-    for m, alpha, scale in [((A, B), None, 1), ((A, B), 8, 2), ((A, B, 0.3), None, 0.3), ((A, B, 0.3), 8, 0.3)]:
+    for m, alpha, scale in [
+        ((A, B), None, 1),
+        ((A, B), 8, 2),
+        ((A, B, 0.3), None, 0.3),
+        ((A, B, 0.3), 8, 0.3),
+    ]:
         merge_lora.write_adapter(tmp_path, {'a.b': m}, alpha)
         assert same(merge_lora.read_adapter(tmp_path), {'a.b': (A, B, scale)})
     assert torch.equal(load_file(tmp_path / merge_lora.FILES[0])['transformer.a.b.lora_A.weight'], A)
@@ -1012,13 +1168,20 @@ def test_merge_is_the_sum_of_deltas(family):
     a, b = make(net, family, 1, 4, 0.5), make(net, family, 2, 3, 2.0, lambda i: i % 2)
     assert set(b) < set(a)
     merged = merge_lora.merge([a, b], [0.7, -0.4])
-    by_hand = added(added(net, {k: (A, B, 0.7 * s) for k, (A, B, s) in a.items()}), {k: (A, B, -0.4 * s) for k, (A, B, s) in b.items()})
+    by_hand = added(
+        added(net, {k: (A, B, 0.7 * s) for k, (A, B, s) in a.items()}),
+        {k: (A, B, -0.4 * s) for k, (A, B, s) in b.items()},
+    )
     assert (output(added(net, merged), family) - output(by_hand, family)).abs().max() < 1e-5
-    assert {merged[k][0].shape[0] for k in b} == {7} and {merged[k][0].shape[0] for k in set(a) - set(b)} == {4}
+    assert {merged[k][0].shape[0] for k in b} == {7} and {merged[k][0].shape[0] for k in set(a) - set(b)} == {
+        4
+    }
     assert all(m[2] == 1.0 for m in merged.values())
     full = merge_lora.merge([a, b], [0.7, -0.4], rank=9)  # more than the true rank: still exact, surplus zero
     assert same(full, merged, 1e-5)
-    assert all(A.shape[0] == B.shape[1] == 9 and not A[7:].any() and not B[:, 7:].any() for A, B, _ in full.values())
+    assert all(
+        A.shape[0] == B.shape[1] == 9 and not A[7:].any() and not B[:, 7:].any() for A, B, _ in full.values()
+    )
     norm = sum(d.square().sum() for d in deltas(merged).values()).sqrt()
     assert abs(merge_lora.size(merged) - norm) < 1e-4 * norm
 
@@ -1052,7 +1215,10 @@ def save_model(pipe, folder, **kw):
     return folder
 
 
-@pytest.mark.parametrize('family, shard, dtype', [('sd3', '40KB', torch.float32), ('sd15', '10GB', torch.float32), ('zimage', '10GB', torch.bfloat16)])
+@pytest.mark.parametrize(
+    'family, shard, dtype',
+    [('sd3', '40KB', torch.float32), ('sd15', '10GB', torch.float32), ('zimage', '10GB', torch.bfloat16)],
+)
 def test_into_base(family, shard, dtype, tmp_path):
     pipe = build(family).pipe
     net = net_of(pipe).to(dtype)
@@ -1082,16 +1248,28 @@ A, B = torch.randn(2, 6), torch.randn(5, 2)
 GOOD = {'transformer.x.y.lora_A.weight': A, 'transformer.x.y.lora_B.weight': B}
 
 
-@pytest.mark.parametrize('more, words', [
-    ({'text_encoder.q.lora_A.weight': A}, ['text-encoder', 'text_encoder.q']), ({'lora_te1_q.lora_down.weight': A}, ['text-encoder', 'lora_te1_q']),
-    ({'transformer.x.y.lora_magnitude_vector': B}, ['DoRA']), ({'lora_unet_x.dora_scale': B}, ['DoRA', 'lora_unet_x']),
-    ({'lora_unet_x.hada_w1_a': B}, ['LoHa']), ({'lora_unet_x.lokr_w1': B}, ['LoKr', 'lora_unet_x.lokr_w1']),
-    ({'transformer.x.y.lora_B.bias': B}, ['biases']), ({'diffusion_model.x.diff_b': B}, ['biases']),
-    ({'transformer.z.lora_A.weight': A}, ['partner', 'z (no B)']), ({'transformer.z.lora_B.weight': B}, ['partner', 'z (no A)']),
-    ({'transformer.z.alpha': torch.tensor(1.0)}, ['partner', 'z (no A)']),
-    ({'transformer.x.y.lora_B.weight': B[:, :1]}, ['ranks', 'x.y']), ({'transformer.x.y.lora_A.weight': A * float('nan')}, ['finite', 'x.y']),
-    ({'transformer.x.y.alpha': torch.tensor(float('inf'))}, ['finite']), ({'transformer.x.y.alpha': torch.tensor(0.0)}, ['alpha is zero']),
-    ({'transformer.proj_out.weight': A}, ['no LoRA factors', 'proj_out']), ({'x.y.lora_A.weight': A}, ['twice'])])
+@pytest.mark.parametrize(
+    'more, words',
+    [
+        ({'text_encoder.q.lora_A.weight': A}, ['text-encoder', 'text_encoder.q']),
+        ({'lora_te1_q.lora_down.weight': A}, ['text-encoder', 'lora_te1_q']),
+        ({'transformer.x.y.lora_magnitude_vector': B}, ['DoRA']),
+        ({'lora_unet_x.dora_scale': B}, ['DoRA', 'lora_unet_x']),
+        ({'lora_unet_x.hada_w1_a': B}, ['LoHa']),
+        ({'lora_unet_x.lokr_w1': B}, ['LoKr', 'lora_unet_x.lokr_w1']),
+        ({'transformer.x.y.lora_B.bias': B}, ['biases']),
+        ({'diffusion_model.x.diff_b': B}, ['biases']),
+        ({'transformer.z.lora_A.weight': A}, ['partner', 'z (no B)']),
+        ({'transformer.z.lora_B.weight': B}, ['partner', 'z (no A)']),
+        ({'transformer.z.alpha': torch.tensor(1.0)}, ['partner', 'z (no A)']),
+        ({'transformer.x.y.lora_B.weight': B[:, :1]}, ['ranks', 'x.y']),
+        ({'transformer.x.y.lora_A.weight': A * float('nan')}, ['finite', 'x.y']),
+        ({'transformer.x.y.alpha': torch.tensor(float('inf'))}, ['finite']),
+        ({'transformer.x.y.alpha': torch.tensor(0.0)}, ['alpha is zero']),
+        ({'transformer.proj_out.weight': A}, ['no LoRA factors', 'proj_out']),
+        ({'x.y.lora_A.weight': A}, ['twice']),
+    ],
+)
 def test_read_refuses(more, words, tmp_path):
     save_file({k: t.clone().contiguous() for k, t in {**GOOD, **more}.items()}, tmp_path / 'a.safetensors')
     with pytest.raises(BadInput) as e:
@@ -1114,12 +1292,18 @@ def test_read_refuses_files(tmp_path):
         file.write_bytes(broken), refused(file, 'damaged', str(file))
     save_file(GOOD, file, {'lora_adapter_metadata': '{"transformer.r": 2'}), refused(file, 'damaged')
     save_file(GOOD, file, {'lora_adapter_metadata': '{}'}), refused(file, 'r or lora_alpha')
-    save_file(GOOD, file, {'lora_adapter_metadata': '{"transformer.r": 3, "transformer.lora_alpha": 3}'}), refused(file, 'rank 2', 'says 3')
+    save_file(
+        GOOD, file, {'lora_adapter_metadata': '{"transformer.r": 3, "transformer.lora_alpha": 3}'}
+    ), refused(file, 'rank 2', 'says 3')
     file.rename(tmp_path / 'adapter_model.safetensors'), refused(tmp_path, 'adapter_config.json')
     (tmp_path / 'adapter_model.safetensors').unlink()
-    save_file({k.replace('transformer', 'base_model.model'): t for k, t in GOOD.items()}, file), refused(file, 'adapter_config.json')
+    save_file({k.replace('transformer', 'base_model.model'): t for k, t in GOOD.items()}, file), refused(
+        file, 'adapter_config.json'
+    )
     for extra in dict(peft_type='LOHA'), dict(use_dora=True), dict(init_lora_weights='pissa_niter_4'):
-        (tmp_path / 'adapter_config.json').write_text(json.dumps(dict(r=2, lora_alpha=2) | extra)), refused(file, str(file))
+        (tmp_path / 'adapter_config.json').write_text(json.dumps(dict(r=2, lora_alpha=2) | extra)), refused(
+            file, str(file)
+        )
     torch.save(GOOD, tmp_path / 'p.bin'), refused(tmp_path / 'p.bin', 'only .safetensors')
 
 
@@ -1158,16 +1342,31 @@ def test_hub(tmp_path, monkeypatch):
     def download(repo, name):
         asked.append((repo, name))
         return str(tmp_path / name)
-    monkeypatch.setattr(hub, 'snapshot_download', snapshot), monkeypatch.setattr(hub, 'hf_hub_download', download)
+    monkeypatch.setattr(hub, 'snapshot_download', snapshot), monkeypatch.setattr(
+        hub, 'hf_hub_download', download
+    )
     save_dir = tmp_path / 'Teacher/lora'
     merge_lora.write_adapter(save_dir, {'x': (A, B)})
     assert merge_lora.find('owner-x/repo/Teacher/lora') == save_dir / merge_lora.FILES[0]
-    assert asked == [('owner-x/repo', ['Teacher/lora/*.safetensors', 'Teacher/lora/adapter_config.json'], ['Teacher/lora/*/*'])]
+    assert asked == [
+        (
+            'owner-x/repo',
+            ['Teacher/lora/*.safetensors', 'Teacher/lora/adapter_config.json'],
+            ['Teacher/lora/*/*'],
+        )
+    ]
     from fnmatch import fnmatch  # what the hub's filter does: nothing below the folder asked for
-    assert fnmatch('Teacher/lora/sub/m.safetensors', asked[0][2][0]) and not fnmatch('Teacher/lora/m.safetensors', asked[0][2][0])
+    assert fnmatch('Teacher/lora/sub/m.safetensors', asked[0][2][0]) and not fnmatch(
+        'Teacher/lora/m.safetensors', asked[0][2][0]
+    )
     asked.clear()
-    assert merge_lora.find(f'owner-x/repo/Teacher/lora/{merge_lora.FILES[1]}') == save_dir / merge_lora.FILES[1]
-    assert asked == [('owner-x/repo', 'Teacher/lora/adapter_config.json'), ('owner-x/repo', f'Teacher/lora/{merge_lora.FILES[1]}')]
+    assert (
+        merge_lora.find(f'owner-x/repo/Teacher/lora/{merge_lora.FILES[1]}') == save_dir / merge_lora.FILES[1]
+    )
+    assert asked == [
+        ('owner-x/repo', 'Teacher/lora/adapter_config.json'),
+        ('owner-x/repo', f'Teacher/lora/{merge_lora.FILES[1]}'),
+    ]
     with pytest.raises(BadInput, match='owner-x/repo/none.*by hand'):
         merge_lora.find('owner-x/repo/none')
 
@@ -1206,7 +1405,9 @@ def test_model_folder_refusals(tmp_path):
 
 # -------------------- the script
 def script(*argv):
-    p = subprocess.run([sys.executable, str(ROOT / 'merge_lora.py'), *map(str, argv)], capture_output=True, text=True)
+    p = subprocess.run(
+        [sys.executable, str(ROOT / 'merge_lora.py'), *map(str, argv)], capture_output=True, text=True
+    )
     return p.returncode, p.stdout + p.stderr
 
 
@@ -1216,7 +1417,9 @@ def test_script(tmp_path, capsys):
     model = save_model(pipe, tmp_path / 'model')
     a, b = make(net, 'sd15', 1), make(net, 'sd15', 2, r=3)
     pa, pb = pack(a, 'peft', tmp_path / 'a', 'sd15'), pack(b, 'lora_unet_', tmp_path / 'b', 'sd15')
-    rc, text = script(f'--adapters={pa},{pb}', '--weights', '0.7,0.3', f'--out={tmp_path}/m', f'--model={model}', '--rank=4')
+    rc, text = script(
+        f'--adapters={pa},{pb}', '--weights', '0.7,0.3', f'--out={tmp_path}/m', f'--model={model}', '--rank=4'
+    )
     assert rc == 0 and 'relative error' in text and '0.700' in text, text
     merge_lora.main(['--adapters', f'{pa},{pb}', f'--out={tmp_path}/e', f'--model={model}'])
     assert same(merge_lora.read_adapter(tmp_path / 'e'), merge_lora.merge([a, b], [0.5, 0.5]))
@@ -1225,15 +1428,23 @@ def test_script(tmp_path, capsys):
     loaded = type(net).from_pretrained(tmp_path / 't').eval()
     want = output(added(added(net, a), b), 'sd15')
     assert (output(loaded, 'sd15') - want).abs().max() < 1e-5
-    merge_lora.main([f'--adapters={pa}', f'--out={tmp_path}/u'])  # no model folder: the block names tell a UNet
+    merge_lora.main(
+        [f'--adapters={pa}', f'--out={tmp_path}/u']
+    )  # no model folder: the block names tell a UNet
     pipe.load_lora_weights(tmp_path / 'u')
     assert (output(net, 'sd15') - output(added(build('sd15').pipe.unet, a), 'sd15')).abs().max() < 2e-5
     capsys.readouterr()
-    for argv, word in [([], 'give --adapters'), ([f'--adapters={pa}'], 'give --adapters'),
-                       ([f'--adapters={pa}', '--weights=1,2', '--out=x'], '1 adapters'),
-                       ([f'--adapters={pa}', '--weights=nan', '--out=x'], 'finite'), ([f'--adapters={pa}', '--weights=a', '--out=x'], 'numbers'),
-                       ([f'--adapters={pa}', f'--out={tmp_path}/e'], 'not an empty folder'), ([f'--adapters={pa}', '--rank=-1', '--out=x'], 'negative'),
-                       ([f'--adapters={pb}', '--out=x'], '--model'), ([f'--adapter={pb}', '--out=x'], 'did you mean adapters')]:
+    for argv, word in [
+        ([], 'give --adapters'),
+        ([f'--adapters={pa}'], 'give --adapters'),
+        ([f'--adapters={pa}', '--weights=1,2', '--out=x'], '1 adapters'),
+        ([f'--adapters={pa}', '--weights=nan', '--out=x'], 'finite'),
+        ([f'--adapters={pa}', '--weights=a', '--out=x'], 'numbers'),
+        ([f'--adapters={pa}', f'--out={tmp_path}/e'], 'not an empty folder'),
+        ([f'--adapters={pa}', '--rank=-1', '--out=x'], 'negative'),
+        ([f'--adapters={pb}', '--out=x'], '--model'),
+        ([f'--adapter={pb}', '--out=x'], 'did you mean adapters'),
+    ]:
         with pytest.raises(BadInput, match=word):
             merge_lora.main(argv)
     assert script()[0] == 2
@@ -2127,8 +2338,13 @@ def some_adapter(seed, size=0.2):
     """Random factors on a few layers of the shapes model, large enough to be seen."""
     draw, shapes = torch.Generator().manual_seed(seed), merge_lora.model_shapes(BASE)
     names = [k for k in shapes if k.endswith(('attn.to_q', 'attn.to_v', 'attn.to_out.0'))]
-    return {k: (size * torch.randn(4, shapes[k][1], generator=draw), size * torch.randn(shapes[k][0], 4, generator=draw))
-            for k in names}
+    return {
+        k: (
+            size * torch.randn(4, shapes[k][1], generator=draw),
+            size * torch.randn(shapes[k][0], 4, generator=draw),
+        )
+        for k in names
+    }
 
 
 def some_run(folder, **settings):
@@ -2154,8 +2370,16 @@ def pipeline_pictures(adapter=None, guidance=1.0, steps=4, seed=0, num=2):
     todo = [(i, p, k) for i, p in enumerate(SENTENCES.split('|')) for k in range(num)]
     shape = pipe.vae.config.latent_channels, *[24 // 2 ** (len(pipe.vae.config.block_out_channels) - 1)] * 2
     noise = torch.stack([torch.randn(shape, generator=train_opd.torch_rng(seed, i, k)) for i, _, k in todo])
-    x = pipe([p for _, p, _ in todo], latents=noise, height=24, width=24, num_inference_steps=steps, output_type='np',
-             guidance_scale=guidance, max_sequence_length=pipe.tokenizer_3.model_max_length).images
+    x = pipe(
+        [p for _, p, _ in todo],
+        latents=noise,
+        height=24,
+        width=24,
+        num_inference_steps=steps,
+        output_type='np',
+        guidance_scale=guidance,
+        max_sequence_length=pipe.tokenizer_3.model_max_length,
+    ).images
     return {f'{i:04d}_{k}.png': a for (i, _, k), a in zip(todo, x)}
 
 
@@ -2180,13 +2404,17 @@ def test_run_folder_and_its_parts(tmp_path, capsys):
     live = shoot(tmp_path, f'--ckpt={run}', one, '--ema=False', out='live')['0000_0.png']
     base = shoot(tmp_path, '--ckpt', str(run), one, '--scale=0', out='base')['0000_0.png']
     bare = shoot(tmp_path, '--ckpt=', f'--model={BASE}', '--steps=3', one, out='bare')['0000_0.png']
-    assert (of['.'] == of['step_000007']).all() and (of['.'] == of['latest/ema']).all() and (base == bare).all()
+    assert (
+        (of['.'] == of['step_000007']).all() and (of['.'] == of['latest/ema']).all() and (base == bare).all()
+    )
     for a, b in ((of['.'], live), (of['.'], base), (live, base), (of['start'], live), (of['start'], of['.'])):
         assert np.abs(a - b).max() > 0.05
 
 
 def test_what_is_given_wins_over_the_run(tmp_path):
-    run = sample.locate(sample.configure(sample.SETTINGS, [f'--ckpt={some_run(tmp_path / "run", resolution=[24, 48])}']))[1]
+    run = sample.locate(
+        sample.configure(sample.SETTINGS, [f'--ckpt={some_run(tmp_path / "run", resolution=[24, 48])}'])
+    )[1]
 
     def filled(**given):
         words = ['--ckpt=x', *(f'--{k}={v}' for k, v in given.items())]
@@ -2213,14 +2441,19 @@ def test_noise_follows_seed_prompt_and_picture(tmp_path):
     c = shoot(tmp_path, *words[:-1], '--num=1', '--seed=1', out='c')
     assert set(a) == {f'{i:04d}_{k}.png' for i in range(2) for k in range(3)} | {'grid.png'}
     assert all(np.abs(a[k] - b[k]).max() <= 1 / 255 for k in a if k != 'grid.png')
-    assert set(c) == {'0000_0.png', '0001_0.png', 'grid.png'} and np.abs(a['0000_0.png'] - c['0000_0.png']).max() > 0.1
+    assert (
+        set(c) == {'0000_0.png', '0001_0.png', 'grid.png'}
+        and np.abs(a['0000_0.png'] - c['0000_0.png']).max() > 0.1
+    )
     assert np.abs(a['0000_0.png'] - a['0000_1.png']).max() > 0.1
 
 
 def test_sources_and_a_prompts_file(tmp_path, capsys):
     Image.new('RGB', (48, 48), (200, 30, 30)).save(tmp_path / 'own.png')
     Image.new('RGB', (24, 24), (30, 30, 200)).save(tmp_path / 'shared.png')
-    (tmp_path / 'rows.csv').write_text('prompt,task,source_image\nremove the circle,a,own.png\na circle on white,b,\n')
+    (tmp_path / 'rows.csv').write_text(
+        'prompt,task,source_image\nremove the circle,a,own.png\na circle on white,b,\n'
+    )
     words = ['--ckpt=', f'--model={BASE}', '--steps=2', '--num=1', f'--prompts={tmp_path / "rows.csv"}']
     mixed = shoot(tmp_path, *words, out='mixed')
     said = capsys.readouterr().out.split()
@@ -2237,24 +2470,34 @@ def test_without_a_prompt_the_runs_own_rows(tmp_path):
     assert len(got) == 3 + 3 + 1                                        # three of each bucket, and the sheet
 
 
-@pytest.mark.parametrize('words, says', [
-    (['--ckpt=out/no_such_run'], 'no_such_run'),
-    (['--ckpt=', '--prompt=x'], '--model'),
-    (['--ckpt={adapter}', '--prompt=x'], 'give --model'),
-    (['--ckpt={damaged}', '--prompt=x'], 'damaged'),
-    (['--ckpt={run}', '--prompt=x', '--prompts=y.txt'], 'not both'),
-    (['--ckpt={run}', '--prompt=|'], 'no prompt'),
-    (['--ckpt={run}', '--prompts=no_such.txt'], 'no_such.txt'),
-    (['--ckpt={run}', '--prompt=x', '--source=no_such.png'], 'no_such.png'),
-    (['--ckpt={run}', '--prompt=x', '--height=25'], '25'),
-    (['--ckpt={run}', '--prompt=x', '--width=960'], 'larger'),
-    (['--ckpt={run}', '--prompt=x', '--num=0'], 'num'),
-    (['--ckpt={run}', '--prompt=x', '--steps=-1'], 'steps'),
-    (['--ckpt={run}', '--prompt=x', '--dtype=int8'], 'int8'),
-    (['--ckpt={run}', '--prompt=x', '--model=data/nowhere'], 'data/nowhere'),
-    (['--model=owner/repo', '--family=FluxPipeline', '--prompt=x', '--source=data/examples/pictures/local_edit_0.png'],
-     'cannot edit'),
-])
+@pytest.mark.parametrize(
+    'words, says',
+    [
+        (['--ckpt=out/no_such_run'], 'no_such_run'),
+        (['--ckpt=', '--prompt=x'], '--model'),
+        (['--ckpt={adapter}', '--prompt=x'], 'give --model'),
+        (['--ckpt={damaged}', '--prompt=x'], 'damaged'),
+        (['--ckpt={run}', '--prompt=x', '--prompts=y.txt'], 'not both'),
+        (['--ckpt={run}', '--prompt=|'], 'no prompt'),
+        (['--ckpt={run}', '--prompts=no_such.txt'], 'no_such.txt'),
+        (['--ckpt={run}', '--prompt=x', '--source=no_such.png'], 'no_such.png'),
+        (['--ckpt={run}', '--prompt=x', '--height=25'], '25'),
+        (['--ckpt={run}', '--prompt=x', '--width=960'], 'larger'),
+        (['--ckpt={run}', '--prompt=x', '--num=0'], 'num'),
+        (['--ckpt={run}', '--prompt=x', '--steps=-1'], 'steps'),
+        (['--ckpt={run}', '--prompt=x', '--dtype=int8'], 'int8'),
+        (['--ckpt={run}', '--prompt=x', '--model=data/nowhere'], 'data/nowhere'),
+        (
+            [
+                '--model=owner/repo',
+                '--family=FluxPipeline',
+                '--prompt=x',
+                '--source=data/examples/pictures/local_edit_0.png',
+            ],
+            'cannot edit',
+        ),
+    ],
+)
 def test_bad_input_before_weights_are_loaded(tmp_path, monkeypatch, words, says):
     run, bad = some_run(tmp_path / 'run'), some_run(tmp_path / 'damaged')
     (bad / 'latest' / 'meta.json').write_text('{"settings"')
@@ -2276,7 +2519,7 @@ def test_dry_run_of_every_config(path, capsys, monkeypatch):
     assert 'settings and data are fine' in capsys.readouterr().out
     c = train_opd.configure(script.SETTINGS, [f'config/{path}'])
     assert c.out_dir == f'out/{Path(path).stem}' or path.startswith('teacher_')
-    if 'shapes' not in path:                                            # nothing of the demonstration leaks into it
+    if 'shapes' not in path:  # nothing of the demonstration leaks into it
         assert c.family in train_opd.FAMILIES and not c.score and c.resolution >= 512
         assert not any('shapes' in str(v) for v in (c.model, c.data, c.eval_data, c.out_dir))
 

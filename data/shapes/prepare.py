@@ -33,7 +33,7 @@ from train_opd import Models, Prompts, rng, torch_rng
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
 seed = 0
-base_steps = 7000
+base_steps = 6000
 base_stop = 0                       # stop the base early, after so many of its steps (0: at the end)
 teachers: list = ['count', 'global_edit', 'local_edit']
 teacher_steps: dict = dict(count=500, global_edit=1200, local_edit=2600)
@@ -203,11 +203,12 @@ def near_row(r):
 
 
 def base_batch(step, c):
-    """22 pictures with words, 10 diptychs (4 copy their source): rows of (prompt, source, picture)."""
-    r = rng(c.seed, 'base', step)
-    words = [world.make_row('t2i' if i < 8 else 'open', r) for i in range(22)]
-    near = [near_row(r) for _ in range(10)]
-    return words, [(p, x if i < 4 else source, x) for i, (p, source, x) in enumerate(near)]
+    """20 pictures with words alone, then 12 diptychs of which 5 copy their source: rows of (prompt, source or
+    None, picture). Words are bound to things first, where everything is named; then much is left open."""
+    r, named = rng(c.seed, 'base', step), 18 if step < c.base_steps // 3 else 8
+    words = [world.make_row('t2i' if i < named else 'open', r) for i in range(20)]
+    near = [near_row(r) for _ in range(12)]
+    return words, [(p, x if i < 5 else source, x) for i, (p, source, x) in enumerate(near)]
 
 
 def train_base(c, folder):
@@ -236,8 +237,7 @@ def train_base(c, folder):
             with torch.no_grad():
                 words.update(zip(new, field.encode(new) if new else []))
             # pixels are latents here, so that the VAE need not be asked
-            cond = [{**words[p], **({} if s is None or len(rows) > 10 else {'source': s * 2 - 1})}
-                    for p, s, _ in rows]
+            cond = [{**words[p], **({} if s is None else {'source': s * 2 - 1})} for p, s, _ in rows]
             x0 = torch.stack([x for _, _, x in rows]) * 2 - 1
             eps = torch.randn(x0.shape, generator=g)
             sigma = torch.sigmoid(torch.randn(len(x0), generator=g) + math.log(3))
@@ -343,14 +343,14 @@ def measure(c):
         found, errors = read_data([path])
         train_opd.need(not errors, '; '.join(errors))
         rows[name] = [r for b in found.values() for r in (b[i] for i in range(len(b)))]
-    print(f'\nright, in % of {c.val_rows} held-out rows, 16 Euler steps, no guidance; own skills: mean (spread) of {c.seeds} '
-          f'sampling seeds, the others: one')
+    print(f'\nright, in % of {c.val_rows} held-out rows, 16 Euler steps, no guidance; own skills: mean '
+          f'(spread) of {c.seeds} sampling seeds, the others: one')
     print(f'{"":12s}' + ''.join(f'{b:>17s}' for b in rows))
     for who in ['base', *names]:
         line = {}
         for b, some in rows.items():
             skill = b.removesuffix('_pairs') in (('t2i', 'open') if who == 'base' else (who,))
-            seeds = range(c.seeds if skill else 1)                     # what it should fail at needs no average
+            seeds = range(c.seeds if skill else 1)             # what it should fail at needs no average
             got = [world.score(pictures(models, prompts, who, some, seed), some) for seed in seeds]
             right = [100 * sum(g['right'] for g in one) / len(one) for one in got]
             kept = [g['kept'] for one in got for g in one if 'kept' in g]
