@@ -12,6 +12,11 @@ class BadInput(Exception):
     """Something that the person who runs the script can mend; shown without a traceback."""
 
 
+def need(good, message):
+    if not good:
+        raise BadInput(message)
+
+
 def collect(module):
     """(defaults, types) of the settings that `module` has so far; an annotation widens what one accepts."""
     notes = getattr(module, '__annotations__', {})

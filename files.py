@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from configurator import BadInput
+from configurator import BadInput, need
+
+REMAKE = '; make it with: python data/shapes/prepare.py'
 
 
 class Bucket:
@@ -110,6 +112,20 @@ def check_rows(bucket, need_target=False):
     return errors
 
 
+def open_buckets(paths, held_paths, labels=(), need_target=False):
+    """Training and held-out buckets {label: Bucket}; all that is wrong with them at once. A bucket without
+    held-out rows is its own."""
+    (buckets, errors), (held, more) = read_data(paths), read_data(held_paths)
+    labels = labels or list(buckets)
+    errors += more + [f'bucket {k!r} has no rows; the data has: {", ".join(buckets) or "none"}'
+                      for k in labels if not len(buckets.get(k, ()))]
+    for k in labels if not errors else ():
+        errors += check_rows(buckets[k], need_target) + (check_rows(held[k]) if k in held else [])
+    need(not errors, 'the data has mistakes:\n  ' + '\n  '.join(errors[:20]) +
+         (f'\n  and {len(errors) - 20} more' if len(errors) > 20 else ''))
+    return {k: buckets[k] for k in labels}, {k: held.get(k) or buckets[k] for k in labels}
+
+
 def load_image(path, height, width):
     """A picture as (3, height, width) in [-1, 1], cropped to shape from its middle and resized."""
     try:
@@ -171,6 +187,56 @@ def curve(log, path, keys, size=(640, 320)):
     pen.text((50, h - 16), f'step {min(xs)}', fill='black'), pen.text((w - 80, h - 16), f'{max(xs)}',
                                                                       fill='black')
     out.save(path)
+
+
+def table(rows, name):
+    """{row: {column: number}} for people."""
+    heads = list(next(iter(rows.values())))
+    print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
+    for k, row in rows.items():
+        print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
+
+
+class Log:
+    """log.jsonl of a run, and wandb if its settings ask. A resume forgets what came after its checkpoint."""
+
+    def __init__(self, out, resumed=None, wandb_log=False, wandb_project='', **settings):
+        self.path, self.history, self.wandb = Path(out) / 'log.jsonl', [], None
+        if resumed is not None and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]  # a kill cuts one
+            self.history = [r for r in whole if r['step'] <= resumed]
+        self.path.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
+        if wandb_log:
+            import wandb
+            name = self.path.parent.name
+            self.wandb = wandb.init(project=wandb_project, name=name, id=name, resume='allow',
+                                    config=settings)
+
+    def add(self, entry):
+        self.history.append(entry)
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(entry) + '\n')
+        if self.wandb:
+            self.wandb.log(entry, step=entry['step'])
+
+
+def is_hub_id(path):
+    """Neither something that is here nor something that could only be here."""
+    return not Path(path).expanduser().exists() and not path.startswith(('.', '/', '~', 'data/', 'out/'))
+
+
+def model_configs(path):
+    """{component: config} of a diffusers folder and its 'index'; nothing of a hub id that is not here."""
+    configs = {}
+    for f in sorted(Path(path).glob('*/config.json')) + sorted(Path(path).glob('model_index.json')):
+        try:
+            configs[f.parent.name if f.name == 'config.json' else 'index'] = json.loads(f.read_text())
+        except ValueError as e:
+            raise BadInput(f'{f} is damaged ({e}); fetch the model again')
+    need(is_hub_id(path) or 'index' in configs, f'{path} is no diffusers folder: it has no model_index.json' +
+         REMAKE * ('shapes' in path))
+    return configs
 
 
 def sha256(path):
@@ -261,3 +327,9 @@ def load_function(spec):
         raise BadInput(f'{spec}: {path} has no such function' +
                        (f', did you mean {near[0]}?' if near else f', but {", ".join(sorted(there)[:9])}'))
     return there[name]
+
+
+def score_mean(scores):
+    """What a scorer said of some pictures, numbers or dicts whose first value counts, as one number."""
+    numbers = (next(iter(s.values())) if isinstance(s, dict) else s for s in scores)
+    return sum(map(float, numbers)) / max(1, len(scores))

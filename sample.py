@@ -22,9 +22,9 @@ from PIL import Image
 
 import configurator
 import merge_lora
-from configurator import BadInput, collect, configure
+from configurator import BadInput, collect, configure, need
 from files import grid, load_image, read_data
-from train_opd import (Models, Prompts, attach, check_size, launch, need, open_field, peek, sample,
+from train_opd import (Models, Prompts, attach, check_size, launch, open_field, peek, sample,
                        text_key, torch_rng)
 
 # ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ Left out on purpose: full fine-tuning (a LoRA student shares its base with every
 frozen), step distillation, adversarial losses; learning from rewards is train_teacher.py's.
 One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 """
-import atexit, contextlib, copy, glob, itertools, json, math, os, random, resource
+import atexit, contextlib, copy, itertools, json, math, os, random, resource
 import signal, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import configurator
 import merge_lora
-from configurator import BadInput, collect, configure
-from files import (check_rows, claim, curve, grid, load_function, load_image, newest, read_data, sha256,
-                   save_checkpoint)
+from configurator import BadInput, collect, configure, need
+from files import (REMAKE, Log, claim, curve, grid, is_hub_id, load_function, load_image, model_configs,
+                   newest, open_buckets, save_checkpoint, score_mean, sha256, table)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: these are the demonstration's. A config file or --key=value overrides them; only the last rooms,
@@ -403,12 +403,6 @@ FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniP
                 FluxPipeline=Flux, FluxKontextPipeline=Flux, StableDiffusionPipeline=UNet,
                 StableDiffusionXLPipeline=UNet)
 EDITORS = 'StableDiffusion3Pipeline', 'ZImageOmniPipeline', 'FluxKontextPipeline'
-REMAKE = '; make it with: python data/shapes/prepare.py'
-
-
-def is_hub_id(path):
-    """Neither something that is here nor something that could only be here."""
-    return not Path(path).expanduser().exists() and not path.startswith(('.', '/', '~', 'data/', 'out/'))
 
 
 def known(name, path):
@@ -417,15 +411,7 @@ def known(name, path):
 
 def peek(path, family=''):
     """What is known without weights: (pipeline's name, {component: config}); of a hub id the name given."""
-    configs = {}
-    for f in glob.glob(f'{path}/*/config.json') + glob.glob(f'{path}/model_index.json'):
-        try:
-            part = Path(f).parent.name if f.endswith('/config.json') else 'index'
-            configs[part] = json.loads(Path(f).read_text())
-        except ValueError as e:
-            raise BadInput(f'{f} is damaged ({e}); fetch the model again')
-    need(is_hub_id(path) or 'index' in configs, f'{path} is no diffusers folder: it has no model_index.json' +
-         REMAKE * ('shapes' in path))
+    configs = model_configs(path)
     name = family or configs.get('index', {}).get('_class_name', '')
     if name:
         known(name, path)
@@ -880,12 +866,6 @@ def learning_rate(step, c):
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * max(decay, 0.02)
 
 
-def score_mean(scores):
-    """What a scorer said of some pictures, numbers or dicts whose first value counts, as one number."""
-    numbers = (next(iter(s.values())) if isinstance(s, dict) else s for s in scores)
-    return sum(map(float, numbers)) / max(1, len(scores))
-
-
 def own_settings(settings, argv):
     """The settings of this run. With another model the demonstration's eval_data and score mean nothing."""
     c, default = configure(settings, argv), settings[0]
@@ -893,11 +873,6 @@ def own_settings(settings, argv):
         if c.model != default['model'] and getattr(c, k) == default[k]:
             setattr(c, k, none)
     return c
-
-
-def need(good, message):
-    if not good:
-        raise BadInput(message)
 
 
 def check_settings(c, choices, least):
@@ -919,20 +894,11 @@ def check_settings(c, choices, least):
 def check_data(c, labels, need_target=False):
     """Training and held-out buckets, every picture looked at; can the model take this size and sources?"""
     height, width = (c.resolution, c.resolution) if isinstance(c.resolution, int) else c.resolution
-    (buckets, errors), (held, more) = read_data(c.data), read_data(c.eval_data)
-    labels = labels or list(buckets)
-    errors += more + [f'bucket {k!r} has no rows; the data has: {", ".join(buckets) or "none"}'
-                      for k in labels if not len(buckets.get(k, ()))]
-    for k in labels if not errors else ():
-        errors += check_rows(buckets[k], need_target) + (check_rows(held[k]) if k in held else [])
-    need(not errors, 'the data has mistakes:\n  ' + '\n  '.join(errors[:20]) +
-         (f'\n  and {len(errors) - 20} more' if len(errors) > 20 else ''))
-    buckets = {k: buckets[k] for k in labels}
-    editing = any(b.sources for b in buckets.values())
-    family, configs = peek(c.model, c.family)
+    buckets, held = open_buckets(c.data, c.eval_data, labels, need_target)
+    editing, (family, configs) = any(b.sources for b in buckets.values()), peek(c.model, c.family)
     check_size(family, configs, height, width, editing)
     return SimpleNamespace(height=height, width=width, family=family, buckets=buckets, editing=editing,
-                           labels=labels, held={k: held.get(k) or buckets[k] for k in labels})
+                           labels=list(buckets), held=held)
 
 
 class Run:
@@ -940,7 +906,7 @@ class Run:
 
     def __init__(self, c, d, teachers=(), init=lambda models: None, plan=None, eval_rows=0):
         self.c, self.d, self.out, self.plan, self.notes, self.extra = c, d, Path(c.out_dir), plan, [], {}
-        self.skipped, self.bad, self.stop, self.step, self.history, self.t0 = 0, '?', 0, 0, [], time.time()
+        self.skipped, self.bad, self.stop, self.step, self.t0 = 0, '?', 0, 0, time.time()
         self.first, self.state, self.world = 0, [], launch(c.device, c.tf32)
         world, path = self.world, lambda t: t.get('lora') or t.get('checkpoint') or c.model
         self.say = print if world.rank == 0 else lambda *a: None
@@ -998,28 +964,16 @@ class Run:
             self.prompts.add((text_key(b[i]) for b in d.buckets.values() for i in range(len(b))), keep=True)
             self.prompts.free()
         if world.rank == 0:
-            self.open_log(settings, last)
+            self.log = Log(self.out, self.first if last else None, **settings)
+            for k, b in d.buckets.items():                     # edit pairs, to be looked at before step 0
+                rows = [b[i] for i in range(min(8, len(b)))] if b.sources and not last else []
+                if rows:
+                    grid([[self.picture(r['source_image']), self.picture(r['target_image'])] for r in rows],
+                         self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in rows],
+                         ['source', 'target'])
         if not last:
             self.save(0)
         signal.signal(signal.SIGTERM, lambda *a: setattr(self, 'stop', 1))
-
-    def open_log(self, settings, last):
-        c, d, self.log = self.c, self.d, self.out / 'log.jsonl'
-        if last and self.log.exists():                                 # forget what came after the checkpoint
-            lines = self.log.read_text().splitlines()
-            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]  # a kill cuts one
-            self.history = [r for r in whole if r['step'] <= self.first]
-        self.log.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
-        if c.wandb_log:
-            import wandb
-            wandb.init(project=c.wandb_project, name=self.out.name, config=settings, resume='allow',
-                       id=self.out.name)
-        for k, b in d.buckets.items():                         # edit pairs, to be looked at before step 0
-            rows = [b[i] for i in range(min(8, len(b)))] if b.sources and not last else []
-            if rows:
-                grid([[self.picture(r['source_image']), self.picture(r['target_image'])] for r in rows],
-                     self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in rows],
-                     ['source', 'target'])
 
     def picture(self, path):
         return load_image(path, self.d.height, self.d.width) / 2 + 0.5 if path else None
@@ -1123,11 +1077,7 @@ class Run:
 
     def record(self, entry):
         if self.world.rank == 0:
-            self.history.append(entry)
-            with open(self.log, 'a') as f:
-                f.write(json.dumps(entry) + '\n')
-            if self.c.wandb_log:
-                __import__('wandb').log(entry, step=entry['step'])
+            self.log.add(entry)
 
     def save(self, step):
         if self.world.rank == 0:
@@ -1165,25 +1115,24 @@ class Run:
                      seconds=round(dt, 1), memory_gb=round(memory, 2), **self.extra)
         for k in sorted({k for _, n in notes for k in n}):
             entry[k] = (max if k == 'ratio_off' else mean)([n[k] for _, n in notes if k in n])
-        gaps = {r: [n['gap'] for q, n in notes if q == r and 'gap' in n]
-                for r in sorted({q for q, _ in notes})}
-        entry.update({f'train_gap/{r}': mean(g) for r, g in gaps.items() if g})
+        for what, r in itertools.product(('gap', 'reward'), sorted({q for q, _ in notes})):
+            if some := [n[what] for q, n in notes if q == r and what in n]:
+                entry[f'train_{what}/{r}'] = mean(some)
         self.record(entry)
         show = {k: f'{entry[k]:.4g}' for k in 'loss gap reward kl sigma ratio_off'.split() if k in entry}
         bar.set_postfix(**show, route=notes[-1][0] if notes else '', GB=f'{memory:.1f}')
         if self.world.rank == 0:
-            bar.write(f'step {done:6d}  ' + '  '.join(f'{k} {v}' for k, v in show.items()) + '  |grad| '
-                      f'{self.norm:.3g}  ' + '  '.join(f'{r} {mean(g):.3f}' for r, g in gaps.items() if g) +
-                      f'  {dt / max(1, done - self.first):.2f} s/step  {memory:.1f} GB')
+            routes = [f'{k.split("/", 1)[1]} {x:.3f}' for k, x in entry.items() if k.startswith('train_')]
+            bar.write('  '.join([f'step {done:6d}', *(f'{k} {v}' for k, v in show.items()),
+                                 f'|grad| {self.norm:.3g}', *routes,
+                                 f'{dt / max(1, done - self.first):.2f} s/step', f'{memory:.1f} GB']))
 
-    def table(self, rows, name='route'):
-        """The result, as a file and for people."""
+    def end(self, result, curves, name='route'):
+        """The result, as a file and for people, and the curves of the log as a picture."""
         if self.world.rank == 0:
-            (self.out / 'result.json').write_text(json.dumps(rows, indent=1))
-            heads = list(next(iter(rows.values())))
-            print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
-            for k, row in rows.items():
-                print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
+            (self.out / 'result.json').write_text(json.dumps(result, indent=1))
+            curve(self.log.history, self.out / 'loss.png', curves)
+            table(result, name)
             print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples '
                   f'the pictures. Try: python sample.py --ckpt {self.out}')
 
@@ -1489,16 +1438,14 @@ def main(argv):
             run.apply()
     after = evaluate(c.max_steps)
 
-    table = {k: dict(gap_before=before[k], gap_after=after[k]) for k in labels}
+    result = {k: dict(gap_before=before[k], gap_after=after[k]) for k in labels}
     judge = load_function(c.score) if c.score else None
     for k in labels if judge else ():
         rows = run.eval_rows[k][:c.score_samples]
         for name, who, tensors in (('base', 'base', None), ('teacher', teacher_of[k], None),
                                    ('start', 'student', run.start), ('student', 'student', student.ema)):
-            table[k][name] = score_mean(judge(pictures(who, k, len(rows), tensors), rows))
-    if run.world.rank == 0:
-        curve(run.history, run.out / 'loss.png', ['loss', 'gap', *(f'gap/{k}' for k in labels)])
-    run.table(table)
+            result[k][name] = score_mean(judge(pictures(who, k, len(rows), tensors), rows))
+    run.end(result, ['loss', 'gap', *(f'gap/{k}' for k in labels)])
 
 
 if __name__ == '__main__':

@@ -24,10 +24,10 @@ import torch
 import configurator
 import rewards
 import train_opd
-from configurator import collect
-from files import curve, grid, load_function, load_image
-from train_opd import (Run, check_data, check_settings, diffusionopd_loss, gather, group_advantage, need,
-                       ppo_loss, rng, score_mean, torch_rng, velocity_error)
+from configurator import collect, need
+from files import grid, load_function, load_image, score_mean
+from train_opd import (Run, check_data, check_settings, diffusionopd_loss, gather, group_advantage, ppo_loss,
+                       rng, torch_rng, velocity_error)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
@@ -384,9 +384,8 @@ def main(argv):
             (grpo if c.method == 'grpo' else sdpo)(todo, run.step)
             run.extra = dict(count, skipped_share=round(count['skipped_groups'] / max(1, count['groups']), 4))
     after = evaluate(c.max_steps)
-    if run.world.rank == 0:
-        curve(run.history, run.out / 'loss.png', ['loss', 'reward', 'kl', *(f'eval/{k}' for k in after)])
-    run.table({k: dict(before=before[k], after=after[k]) for k in after}, 'evaluation')
+    run.end({k: dict(before=before[k], after=after[k]) for k in after},
+            ['loss', 'reward', 'kl', *(f'eval/{k}' for k in after)], 'evaluation')
 
 
 if __name__ == '__main__':

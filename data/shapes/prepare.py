@@ -341,7 +341,7 @@ def measure(c):
     rows, table = {}, {}
     for name, path in buckets.items():
         found, errors = read_data([path])
-        train_opd.need(not errors, '; '.join(errors))
+        configurator.need(not errors, '; '.join(errors))
         rows[name] = [r for b in found.values() for r in (b[i] for i in range(len(b)))]
     print(f'\nright, in % of {c.val_rows} held-out rows, 16 Euler steps, no guidance; own skills: mean '
           f'(spread) of {c.seeds} sampling seeds, the others: one')
