@@ -7,6 +7,7 @@ Pictures from a run, a checkpoint, any adapter, or the bare base.
     python sample.py --ckpt out/shapes --prompts=my_prompts.txt --num=4 --seed=1
     python sample.py --ckpt=owner/repo/folder --model=stabilityai/stable-diffusion-3.5-medium --prompt=...
     python sample.py --ckpt='' --model=data/shapes/base --prompt='a blue triangle bottom left on gray'
+    python sample.py --ckpt out/shapes --prompts=data/shapes/t2i_val.csv --score=data/shapes/world.py:score
 
 What a run knows (model, size, guidance, steps) is read from its checkpoint's meta.json, unless given here.
 The noise of a picture follows from (seed, number of the prompt, number of the picture) alone, so that two
@@ -23,7 +24,7 @@ from PIL import Image
 import configurator
 import merge_lora
 from configurator import BadInput, collect, configure, need
-from files import grid, load_image, read_data
+from files import grid, load_function, load_image, read_data, score_mean
 from train_opd import (Models, Prompts, attach, check_size, launch, open_field, peek, sample,
                        text_key, torch_rng)
 
@@ -46,6 +47,7 @@ max_sequence_length = 0             # text tokens; without a run 256
 height = 0                          # pixels; without a run what the model's configs say, else 1024
 width = 0
 batch_size = 8                      # pictures a forward
+score = ''                          # file.py:function(images, rows): its mean is printed for each bucket
 out_dir = 'out/samples'
 dtype = 'auto'                      # auto = bfloat16 on a GPU, float32 on a CPU
 device = ''                         # '' takes a GPU if there is one
@@ -104,7 +106,7 @@ def read_rows(c, run):
         most = len if c.prompts else lambda b: min(3, len(b))          # a few of each bucket that the run had
         rows = [b[i] for b in buckets.values() for i in range(most(b))]
     need(rows, 'no prompt: give --prompt="one|another", or --prompts=file.txt')
-    return [dict(prompt=r['prompt'], source_image=r.get('source_image') or c.source) for r in rows]
+    return [{**r, 'source_image': r.get('source_image') or c.source} for r in rows]
 
 
 def render(c, models, prompts, who, todo):
@@ -134,6 +136,8 @@ def check(c):
         need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
     kinds = 'auto', 'float32', 'bfloat16', 'float16'
     need(c.dtype in kinds, f'dtype: {c.dtype!r} is not one of {", ".join(kinds)}')
+    if c.score:
+        load_function(c.score)
     path, run = locate(c)
     name, configs = fill(c, run)
     rows = read_rows(c, run)
@@ -161,7 +165,7 @@ def main(argv):
     print(f'{path or "the base"} on {c.model}: {c.height} x {c.width} pixels, {c.steps} steps, '
           f'guidance {c.guidance}')
 
-    out, sheet = Path(c.out_dir), {}
+    out, sheet, scores, judge = Path(c.out_dir), {}, {}, load_function(c.score) if c.score else None
     out.mkdir(parents=True, exist_ok=True)
     encoded.add([('', False), ('', True)], keep=True)
     for at in range(0, len(rows), AHEAD):
@@ -171,7 +175,11 @@ def main(argv):
             todo = [SimpleNamespace(prompt=i, image=k, row=r) for i, r in some for k in range(c.num)
                     if bool(r['source_image']) == sourced]
             for batch in (todo[j:j + c.batch_size] for j in range(0, len(todo), c.batch_size)):
-                for s, x in zip(batch, render(c, models, encoded, who, batch)):
+                pictures = render(c, models, encoded, who, batch)
+                said = judge(torch.stack(pictures), [s.row for s in batch]) if judge else ()
+                for s, one in zip(batch, said):
+                    scores.setdefault(s.row.get('task') or 'all', []).append(one)
+                for s, x in zip(batch, pictures):
                     file = out / f'{s.prompt:04d}_{s.image}.png'
                     Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
                     print(file)
@@ -182,6 +190,8 @@ def main(argv):
     heads = ['source'] * bool(sources) + [str(k) for k in range(c.num)]
     grid(lines, out / 'grid.png', [rows[i]['prompt'] for i in shown], heads)
     print(out / 'grid.png')
+    for bucket, found in scores.items():
+        print(f'score of {bucket}: {score_mean(found):.4f}, the mean of {len(found)} pictures')
 
 
 if __name__ == '__main__':

@@ -775,7 +775,7 @@ def learns(name, method, folder):
         '--ckpt_keep=9',
     ]
     if method == 'flowopd':
-        args += ['--eta=0.7', '--group_size=3', '--reward=code', '--drop_last=True']
+        args += ['--eta=0.7', '--group_size=3', '--reward=code', '--drop_last=1']
     train_opd.main(args + [f'--out_dir={folder}/run'])
     shutil.copytree(folder / 'run', folder / 'half', symlinks=True)
     shutil.rmtree(folder / 'half' / 'step_000008')
@@ -2462,6 +2462,23 @@ def test_sources_and_a_prompts_file(tmp_path, capsys):
     assert (mixed['0000_0.png'] == both['0000_0.png']).all()            # a row's own source comes first
     assert (mixed['0001_0.png'] != both['0001_0.png']).any()            # and the second now has one
     assert np.allclose(mixed['grid.png'][40, 40, :3], np.array([200, 30, 30]) / 255, atol=0.01)
+
+
+def test_the_score_is_that_of_the_pictures_that_are_written(tmp_path, capsys):
+    lines = Path('data/shapes/count_val.csv').read_text().splitlines()[:4]
+    lines += Path('data/shapes/t2i_val.csv').read_text().splitlines()[1:9]
+    (tmp_path / 'rows.csv').write_text('\n'.join(lines))
+    got = shoot(tmp_path, f'--model={BASE}', '--steps=4', '--num=2', f'--prompts={tmp_path / "rows.csv"}',
+                '--score=data/shapes/world.py:score')
+    said = dict(re.findall(r'score of (\w+): ([0-9.]+)', capsys.readouterr().out))
+    rows = rows_of(tmp_path / 'rows.csv')
+    for bucket in ('count', 't2i'):
+        mine = [i for i, r in enumerate(rows) for _ in range(2) if r['task'] == bucket]
+        x = torch.stack([torch.tensor(got[f'{i:04d}_{k}.png'][..., :3]).permute(2, 0, 1)
+                         for i, r in enumerate(rows) for k in range(2) if r['task'] == bucket])
+        right = [s['right'] for s in shapes.score(x, [rows[i] for i in mine])]
+        assert float(said[bucket]) == pytest.approx(sum(right) / len(right), abs=1e-4)
+    assert float(said['t2i']) > float(said['count'])
 
 
 def test_without_a_prompt_the_runs_own_rows(tmp_path):

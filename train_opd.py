@@ -84,7 +84,7 @@ queries = 1                         # danceopd: K states of a rollout that are l
 query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), 'stratified'
 query_space = 'index'               # or 'sigma': the same biases on the noise level, not the step's number
 kl_var = 'true'                     # 'code' leaves out the step's length, as all released code does
-drop_last = False                   # leave out the last step, as DiffusionOPD's release does
+drop_last: int | bool = 0           # leave out so many last steps (DiffusionOPD's release: 1)
 reward = 'k1'                       # flowopd's: 'k1', 'code' (as released), 'paper' (a no-op, to study)
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
@@ -1151,7 +1151,8 @@ def check(c):
                    {'1': 'max_steps batch_size micro_batch rank steps queries group_size updates '
                          'sample_steps encode_every save_every eval_every log_every ckpt_keep eval_samples '
                          'max_bad_steps ema_every show',
-                    '0': 'eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb score_samples',
+                    '0': 'drop_last eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb '
+                         'score_samples',
                     'above 0': 'lr alpha clip_range adv_clip'})
     flow, dance, G, B = c.method == 'flowopd', c.method == 'danceopd', c.group_size, c.batch_size
     need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps')
@@ -1163,9 +1164,9 @@ def check(c):
     need(dance or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
     need(dance or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
     need(not dance or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
-    need(not c.drop_last or c.steps > 1, 'drop_last leaves nothing of a rollout of one step')
+    need(c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
     need(c.sde != 'cps' or not c.eta or dance or (c.drop_last and c.kl_var == 'true'), "sde = 'cps' ends "
-         "without noise, where the KL has no value: set drop_last = True and kl_var = 'true'")
+         "without noise, where the KL has no value: set drop_last = 1 and kl_var = 'true'")
     need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base'")
     need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set both (Flow-OPD: 0.04)')
     names = [t.get('name') for t in c.teachers]

@@ -48,7 +48,8 @@ eta = 0.3
 guidance = 1.0                      # of the policy (Flow-GRPO 4.5)
 group_size = 1                      # samples of one prompt (DanceGRPO 12, Flow-GRPO 24); sdpo: 2, pairs
 same_noise = True                   # a group starts from one noise (DanceGRPO) or from many (Flow-GRPO)
-drop_last = True                    # the last step is taken without noise and not trained
+drop_last: int | bool = 1           # so many last steps become one without noise, which is not trained. SD3's
+                                    # schedule ends in a tiny step, whose noise is next to none with 'cps': 2
 timestep_fraction = 0.6             # share of the steps that are trained, drawn anew each time (grpo)
 clip_range = 1e-4
 adv_clip = 5.0
@@ -141,8 +142,9 @@ def check(c):
                            dtype=('auto', 'float32', 'bfloat16', 'float16')),
                    {'1': 'max_steps batch_size micro_batch rank steps group_size updates sample_steps '
                     'encode_every save_every eval_every log_every ckpt_keep eval_samples max_bad_steps '
-                    'ema_every show buffer', '0': 'weight_decay grad_clip ema_decay warmup cache_gb kl_beta '
-                    'best_of prompt_dropout gamma', 'above 0': 'lr alpha clip_range adv_clip eta '
+                    'ema_every show buffer',
+                    '0': 'drop_last weight_decay grad_clip ema_decay warmup cache_gb kl_beta best_of '
+                    'prompt_dropout gamma', 'above 0': 'lr alpha clip_range adv_clip eta '
                     'timestep_fraction'})
     rl, G, world = c.method != 'sft', c.group_size, int(os.environ.get('WORLD_SIZE', 1))
     need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
@@ -155,9 +157,9 @@ def check(c):
     need(c.timestep_fraction <= 1 and c.prompt_dropout <= 1, 'timestep_fraction and prompt_dropout are '
          'shares, at most 1')
     need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
-    need(not (c.method == 'grpo' and c.drop_last and c.steps < 2), 'drop_last leaves nothing of a rollout of '
-         'one step')
-    need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = True")
+    need(not rl or c.drop_last < c.steps or (c.method == 'sdpo' and c.sde != 'cps'),
+         f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
+    need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
     need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
          "adapter")
     unit = G * world * (c.updates if c.method == 'grpo' else 1)
@@ -284,7 +286,7 @@ def main(argv):
 
     def sdpo(todo, step):
         """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps."""
-        n = c.steps - (c.drop_last and c.steps > 1)
+        n = max(1, c.steps - c.drop_last)
         ts, all_returns = [], []
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
             for t in rolled(todo, n):

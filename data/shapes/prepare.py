@@ -4,7 +4,7 @@ Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, 
     python data/shapes/prepare.py                   everything; about 1.5 hours on two cores, resumable
     python data/shapes/prepare.py --evaluate=True   only measures what is there, and draws the contact sheet
     python data/shapes/prepare.py --quick=True --out=out/quick   two minutes: the pipeline, not the quality
-    python data/shapes/prepare.py --out=out/half --base_stop=1200 --teachers=[]   a half-trained base, for RL
+    python data/shapes/prepare.py --out=out/half --base_stop=300 --teachers=[]   a half-trained base, for RL
 
 The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers
 over the world's few words, frozen random text encoders, and a trained transformer of 2.3 million parameters.
@@ -33,10 +33,10 @@ from train_opd import Models, Prompts, rng, torch_rng
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
 seed = 0
-base_steps = 6000
+base_steps = 7500
 base_stop = 0                       # stop the base early, after so many of its steps (0: at the end)
 teachers: list = ['count', 'global_edit', 'local_edit']
-teacher_steps: dict = dict(count=500, global_edit=1200, local_edit=2600)
+teacher_steps: dict = dict(count=400, global_edit=1000, local_edit=2000)
 pairs = 8000                        # training rows a teacher is made from (drawn into `work`, not kept)
 train_rows = 600                    # rows a bucket of the files that are kept
 val_rows = 256
@@ -72,17 +72,30 @@ def tokenizers():
     return *clip, T5Tokenizer(vocab=words, extra_ids=0, model_max_length=16)
 
 
-def text_encoder(tokenizer, mixing):
+def text_encoder(tokenizer):
+    """Frozen, random words, but its first layer is set by hand so that each word also tells the four before
+    it: real encoders know what belongs together, and "left" in "a red circle top left" has to."""
     m = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64,
                                                    intermediate_size=128, num_attention_heads=4,
                                                    num_hidden_layers=2, projection_dim=64,
                                                    max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
                                                    pad_token_id=1))
+    text = m.text_model if hasattr(m, 'text_model') else m
+    word, place = text.embeddings.token_embedding.weight, text.embeddings.position_embedding.weight
+    first = text.encoder.layers[0]
+    look = first.self_attn
     with torch.no_grad():
-        m.text_model.embeddings.token_embedding.weight.normal_(0, 1)
-        m.text_model.embeddings.position_embedding.weight.normal_(0, 1)
-        for layer in m.text_model.encoder.layers:
-            layer.self_attn.out_proj.weight.mul_(mixing)
+        word.normal_()[:, :16] = 0                                     # 16 numbers for the place, 48 the word
+        place.zero_()[:, :16] = 8 * torch.eye(16)
+        for p in (look.q_proj.weight, look.k_proj.weight):
+            p.zero_()
+        for head in range(4):                                          # looks head + 1 words back
+            rows = slice(16 * head, 16 * head + 16)
+            look.q_proj.weight[rows, :16] = 2 * torch.diag(torch.ones(15 - head), head + 1)
+            look.k_proj.weight[rows, :16] = 2 * torch.eye(16)
+        look.v_proj.weight.normal_(0, 48 ** -0.5)[:, :16] = 0
+        look.out_proj.weight.normal_(0, 0.25)
+        first.mlp.fc2.weight.zero_()
     return m
 
 
@@ -135,19 +148,19 @@ def build_base(seed=0):
     net.pos_embed.pos_embed.copy_(contrasting_positions(side, 128))
     return StableDiffusion3Pipeline(
         transformer=net, vae=identity_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        tokenizer=clip1, tokenizer_2=clip2, tokenizer_3=t5, text_encoder=text_encoder(clip1, 0.1),
-        text_encoder_2=text_encoder(clip2, 0.3), text_encoder_3=t5_model)
+        tokenizer=clip1, tokenizer_2=clip2, tokenizer_3=t5, text_encoder=text_encoder(clip1),
+        text_encoder_2=text_encoder(clip2), text_encoder_3=t5_model)
 
 
 # ------------------------------------------------------------------------------------------ rows and pictures
 
 def write_bucket(folder, name, bucket, n, hold, seed, pictures=False, only=None, pairs=world.SEEN):
-    """A CSV of n rows; edits have their pictures, words alone only if asked. `only` picks scenes."""
+    """A CSV of n rows; edits have their pictures, words alone only if asked. `only` picks (prompt, scene)."""
     folder, r, rows, before = Path(folder), rng(seed, name), [], {}
     (folder / 'pictures').mkdir(parents=True, exist_ok=True)
     while len(rows) < n:
         prompt, scene, picture = world.make_row(bucket, r, hold, pairs)
-        if only and not only(scene or world.read(picture[None])[0]):
+        if only and not only(prompt, scene or world.read(picture[None])[0]):
             continue
         row = dict(prompt=prompt, task=bucket, source_image='', target_image='')
         if scene:
@@ -164,8 +177,12 @@ def write_bucket(folder, name, bucket, n, hold, seed, pictures=False, only=None,
         w.writeheader(), w.writerows(rows)
 
 
-def has_held_pair(scene):
+def has_held_pair(prompt, scene):
     return any(cell in world.HELD_OUT for cell in scene[1])
+
+
+def names_no_colour(prompt, scene):
+    return not any(c in prompt.split() for c in world.COLOURS)
 
 
 def write_data(c):
@@ -174,6 +191,7 @@ def write_data(c):
         write_bucket(c.out, bucket, bucket, c.train_rows, False, c.seed)
         write_bucket(c.out, f'{bucket}_val', bucket, c.val_rows, True, c.seed)
     write_bucket(c.out, 't2i_pairs', 't2i', c.val_rows, True, c.seed, only=has_held_pair, pairs=world.PAIRS)
+    write_bucket(c.out, 'taste_val', 'open', c.val_rows, True, c.seed, only=names_no_colour)
     for bucket in ('local_edit', 'global_edit'):               # never seen: edits of the held-out pairs
         write_bucket(c.work, f'{bucket}_pairs', bucket, c.val_rows, True, c.seed, only=has_held_pair,
                      pairs=world.PAIRS)
@@ -202,13 +220,24 @@ def near_row(r):
     return world.caption(scene, r), world.draw((background, tuple(cells))), world.draw(scene)
 
 
+def base_rate(step, c):
+    """Two cosines: words are bound to things in the first, what is left open is learned in the second."""
+    first = 2 * c.base_steps // 3
+    at, length, lr = (step, first, 2e-3) if step < first else (step - first, c.base_steps - first, 1e-3)
+    return lr * min(1, (at + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * at / length)))
+
+
 def base_batch(step, c):
-    """20 pictures with words alone, then 12 diptychs of which 5 copy their source: rows of (prompt, source or
-    None, picture). Words are bound to things first, where everything is named; then much is left open."""
-    r, named = rng(c.seed, 'base', step), 18 if step < c.base_steps // 3 else 8
-    words = [world.make_row('t2i' if i < named else 'open', r) for i in range(20)]
-    near = [near_row(r) for _ in range(12)]
-    return words, [(p, x if i < 5 else source, x) for i, (p, source, x) in enumerate(near)]
+    """Pictures with words alone, then diptychs, of which some copy their source: rows of (prompt, source or
+    None, picture). First all is named, then much is left open, at last the place of single things."""
+    r, stage = rng(c.seed, 'base', step), sum(step >= c.base_steps * k // 9 for k in (2, 6))
+    named, open_, anywhere, near, copies = ((18, 2, 0, 12, 5), (8, 12, 0, 12, 5), (4, 8, 14, 6, 2))[stage]
+    words = [world.make_row(b, r) for b, n in (('t2i', named), ('open', open_)) for _ in range(n)]
+    while len(words) < named + open_ + anywhere:
+        row = world.make_row('open', r)
+        words += [row] if ' and ' not in row[0] and not any(p in row[0] for p in world.PLACES) else []
+    pairs = [near_row(r) for _ in range(near)]
+    return words, [(p, x if i < copies else source, x) for i, (p, source, x) in enumerate(pairs)]
 
 
 def train_base(c, folder):
@@ -228,9 +257,8 @@ def train_base(c, folder):
             print(f'base: continues at step {first}')
     bar, running = tqdm(range(first, last), initial=first, total=last, desc='base'), None
     for step in bar:
-        lr = 2e-3 * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / c.base_steps)))
         for group in optimizer.param_groups:
-            group['lr'] = lr
+            group['lr'] = base_rate(step, c)
         g, total = torch_rng(c.seed, 'base noise', step), 0.0
         for rows in base_batch(step, c):
             new = [p for p in dict.fromkeys(r[0] for r in rows) if p not in words]

@@ -13,6 +13,7 @@ one of six colours, on one of three backgrounds. Small enough for a laptop, rich
     score(images, rows)   a picture's {'right': 0 or 1} and, for edits, 'kept': the error of what had to stay
     reward(images, rows)  the same question answered smoothly, between 0 and 1
     blue(...), top(...)   two tastes, as rewards: the share of the shapes that are blue, or in the upper half
+    blue_share(...)       the same counted instead of felt, to say how far the taste `blue` has come
 
 `images` are tensors in [0, 1] of shape (n, 3, 24, 24); a row is a dict with `prompt` and, for edits,
 `source_image` (a path). Run as a script it prints one drawn example of each bucket.
@@ -389,6 +390,12 @@ def top(images, rows):
     liked = torch.ones(4, len(THINGS)) * torch.tensor([1, 1, 0, 0]).view(4, 1)
     liked[:, 0] = 0
     return _taste(images, rows, liked)
+
+
+def blue_share(images, rows):
+    """What the taste `blue` did: the share of a picture's shapes that are blue, 0 where it is unclear."""
+    things = [[t for t in scene[1] if t] if scene else [] for scene in read(images)]
+    return [sum(t[1] == 'blue' for t in some) / max(1, len(some)) for some in things]
 
 
 if __name__ == '__main__':
