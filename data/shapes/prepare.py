@@ -223,7 +223,7 @@ def near_row(r):
 def base_rate(step, c):
     """Two cosines: words are bound to things in the first, what is left open is learned in the second."""
     first = 2 * c.base_steps // 3
-    at, length, lr = (step, first, 2e-3) if step < first else (step - first, c.base_steps - first, 1e-3)
+    at, length, lr = (step, first, 2e-3) if step < first else (step - first, c.base_steps - first, 6e-4)
     return lr * min(1, (at + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * at / length)))
 
 
@@ -231,7 +231,7 @@ def base_batch(step, c):
     """Pictures with words alone, then diptychs, of which some copy their source: rows of (prompt, source or
     None, picture). First all is named, then much is left open, at last the place of single things."""
     r, stage = rng(c.seed, 'base', step), sum(step >= c.base_steps * k // 9 for k in (2, 6))
-    named, open_, anywhere, near, copies = ((18, 2, 0, 12, 5), (8, 12, 0, 12, 5), (4, 8, 14, 6, 2))[stage]
+    named, open_, anywhere, near, copies = ((18, 2, 0, 12, 5), (8, 12, 0, 12, 5), (8, 4, 12, 10, 4))[stage]
     words = [world.make_row(b, r) for b, n in (('t2i', named), ('open', open_)) for _ in range(n)]
     while len(words) < named + open_ + anywhere:
         row = world.make_row('open', r)
