@@ -161,6 +161,29 @@ def test_held_out_scenes_and_pairs_never_occur_in_training():
     )
 
 
+def test_the_shipped_models_do_what_they_are_for():
+    field, pictures = T.open_field('data/shapes/base'), from_file('data/shapes/prepare.py:pictures')
+    names = ['count', 'local_edit', 'global_edit']
+    models = T.Models(field, [dict(name=n, lora=f'data/shapes/teachers/{n}') for n in names])
+    prompts, right = T.Prompts(field), {}
+    for bucket in ('t2i', *names):
+        rows = rows_of(f'data/shapes/{bucket}_val.csv')[:24]
+        for who in {'base', names[0], bucket} - {'t2i'}:
+            scores = shapes.score(pictures(models, prompts, who, rows, 0, steps=8), rows)
+            right[bucket, who] = sum(s['right'] for s in scores) / 24
+    assert right['t2i', 'base'] > 0.9 and all(right[n, n] > 0.8 for n in names), right
+    assert all(right[n, 'base'] < 0.2 for n in names) and right['t2i', 'count'] < 0.5, right  # a real conflict
+
+
+def test_the_world_is_made_in_small(tmp_path):
+    words = ['--quick=True', '--base_stop=2', '--teachers=[]', '--threads=1', f'--out={tmp_path}']
+    from_file('data/shapes/prepare.py:main')(words)
+    assert len(rows_of(tmp_path / 'local_edit.csv')) == 24 and (tmp_path / 'contact_sheet.png').exists()
+    assert set(json.loads((tmp_path / 'quality.json').read_text())['base']) > {'t2i', 'open', 't2i_pairs'}
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / 'base')
+    assert pipe.transformer.config.num_layers == 4
+
+
 @pytest.mark.parametrize(
     'prompt', ['a purple elephant', 'five circles', 'make it nice', '', 'a red circle on pink']
 )

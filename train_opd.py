@@ -52,10 +52,10 @@ teachers = [
 teacher_offload = False             # keep full-checkpoint teachers on the CPU between uses
 # routes: which teacher answers for which bucket; weight, or samples where routes share a step unequally
 routes = [
-    dict(teacher='base', data='t2i', samples=4),
-    dict(teacher='count', data='count', samples=4),
-    dict(teacher='local_edit', data='local_edit', samples=16),
-    dict(teacher='global_edit', data='global_edit', samples=10)]
+    dict(teacher='base', data='t2i', weight=0.5, samples=2),
+    dict(teacher='count', data='count', weight=0.5, samples=2),
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=16),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=14)]
 routes_per_step: int | str = 'all'  # 1 a step (DanceOPD); 'all' (DiffusionOPD); 'sample': each its own
 cycle: list = []                    # with 1: a fixed order of buckets, as ['ocr', 'geneval', 'geneval']
 mixing = 'hard'                     # 'soft': each target is the weighted mean of all teachers' (ablation)
@@ -81,7 +81,7 @@ states = 'student'                  # ablations, off-policy: 'data' (noised targ
 # method
 method = 'danceopd'                 # 'danceopd', 'diffusionopd', 'flowopd'
 queries = 1                         # danceopd: K states of a rollout that are learned from
-query = 'uniform'                   # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), 'stratified'
+query = 'stratified'                # 'low' Beta(5, 2) (DanceOPD), 'mid' (5, 5), 'high' (2, 5), 'uniform'
 query_space = 'index'               # or 'sigma': the same biases on the noise level, not the step's number
 kl_var = 'true'                     # 'code' leaves out the step's length, as all released code does
 drop_last: int | bool = 0           # leave out so many last steps (DiffusionOPD's release: 1)
@@ -93,10 +93,10 @@ adv_clip = 5.0                      # flowopd: advantages
 anchor = ''                         # 'base' or a teacher: the student is also held near it (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
-max_steps = 500
+max_steps = 800
 batch_size = 34                     # samples a step, all routes and processes together
-micro_batch = 26                    # samples a forward; the rest is gradient accumulation
-lr = 2e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
+micro_batch = 30                    # samples a forward; the rest is gradient accumulation
+lr = 2.5e-3                         # (DanceOPD 2e-4, DiffusionOPD 3e-4)
 lr_schedule = 'cosine'              # or 'constant'
 warmup = 20                         # steps
 weight_decay = 0.0                  # (DiffusionOPD 1e-4)
@@ -111,7 +111,7 @@ tf32 = True
 seed = 0
 # output
 out_dir = 'out/shapes'
-eval_every = 100                    # steps between evaluations (gap by route, and the picture)
+eval_every = 400                    # steps between evaluations (gap by route, and the picture)
 eval_samples = 32                   # samples a route in them
 show = 4                            # of which so many are drawn in the picture
 sample_steps = 16                   # Euler steps of those pictures and of the score

@@ -25,6 +25,7 @@ query = 'low'
 lr = 2e-4
 lr_schedule = 'constant'
 max_steps = 2000
+eval_every = 100
 batch_size = 32
 micro_batch = 1
 grad_checkpointing = True

@@ -34,5 +34,6 @@ lr_schedule = 'constant'
 ema_decay = 0.9                                   # ours, as grad_checkpointing and what follows
 grad_checkpointing = True
 max_steps = 1000
+eval_every = 100
 score = ''
 out_dir = 'out/sd35_flowopd'

@@ -31,6 +31,7 @@ lr_schedule = 'constant'
 micro_batch = 8
 grad_checkpointing = True
 max_steps = 1000                                  # our choice
+eval_every = 100
 sample_steps = 40                                 # published, for evaluation
 score = ''
 out_dir = 'out/sd35_opd'

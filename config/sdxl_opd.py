@@ -24,6 +24,7 @@ method = 'danceopd'
 query = 'low'
 lr = 1e-4
 max_steps = 2000
+eval_every = 100
 batch_size = 32
 micro_batch = 2
 grad_checkpointing = True

@@ -7,11 +7,11 @@ teachers = [
     dict(name='count', lora='data/shapes/teachers/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
     dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
-routes = [                                        # more samples for what is harder to learn
-    dict(teacher='base', data='t2i', samples=4),
-    dict(teacher='count', data='count', samples=4),
-    dict(teacher='local_edit', data='local_edit', samples=16),
-    dict(teacher='global_edit', data='global_edit', samples=10)]
+routes = [                                        # more for what is harder to learn: edits
+    dict(teacher='base', data='t2i', weight=0.5, samples=2),
+    dict(teacher='count', data='count', weight=0.5, samples=2),
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=16),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=14)]
 batch_size = 34                                   # the sum of the samples
 routes_per_step = 'all'                           # try 1: one route a step, with batch_size = 32
 
@@ -19,7 +19,7 @@ init_from = 'merge'                               # try 'base', or one teacher's
 rank = 32
 steps = 8
 method = 'danceopd'                               # try 'diffusionopd'
-query = 'uniform'                                 # try 'low', 'high'
-max_steps = 500
-lr = 2e-3
+query = 'stratified'                              # try 'low', 'high'
+max_steps = 800
+lr = 2.5e-3
 out_dir = 'out/shapes'

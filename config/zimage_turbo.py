@@ -28,6 +28,7 @@ method = 'danceopd'
 query = 'stratified'                              # all eight states alike
 lr = 1e-4
 max_steps = 2000
+eval_every = 100
 batch_size = 32
 micro_batch = 2
 grad_checkpointing = True

@@ -390,7 +390,7 @@ def measure(c):
     for who in names:
         if 'edit' in who:
             print(f'{who}: mean error of what had to stay {table[who][who]["kept"]:.4f}')
-    mean, least = variety(models, prompts)
+    mean, least = variety(models, prompts, min(96, c.val_rows))
     table['variety'] = dict(mean=mean, least=least)
     print(f'open: entropy of what is left open, over that of a uniform choice: {mean:.2f}, the least varied '
           f'{least:.2f}')
