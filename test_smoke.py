@@ -139,6 +139,9 @@ def test_reward_is_smooth_and_orders_pictures():
         [dict(prompt='a circle on white')] * 2,
     )
     assert blue[0] > 0.95 and blue[1] < 0.05
+    asked = shapes.blue(torch.stack([shapes.draw(('white', (('circle', c), None, None, None)))
+                                     for c in ('blue', 'red')]), [dict(prompt='a red circle on white')] * 2)
+    assert asked[1] > 0.95 > 0.8 > asked[0]                            # a taste does not overrule the prompt
 
 
 def test_held_out_scenes_and_pairs_never_occur_in_training():
