@@ -175,7 +175,8 @@ def test_the_shipped_models_do_what_they_are_for():
             scores = shapes.score(pictures(models, prompts, who, rows, 0, steps=8), rows)
             right[bucket, who] = sum(s['right'] for s in scores) / 24
     assert right['t2i', 'base'] > 0.9 and all(right[n, n] > 0.8 for n in names), right
-    assert all(right[n, 'base'] < 0.2 for n in names) and right['t2i', 'count'] < 0.5, right  # a real conflict
+    # a real conflict: nobody can do it all
+    assert all(right[n, 'base'] < 0.2 for n in names) and right['t2i', 'count'] < 0.5, right
 
 
 def test_the_world_is_made_in_small(tmp_path):
@@ -2553,12 +2554,17 @@ def test_bad_input_before_weights_are_loaded(tmp_path, monkeypatch, words, says)
 
 
 @pytest.mark.parametrize('path', sorted(p.name for p in (ROOT / 'config').glob('*.py')))
-def test_dry_run_of_every_config(path, capsys, monkeypatch):
+def test_dry_run_of_every_config(path, capsys, monkeypatch, tmp_path):
     for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(k, raising=False)
     script = train_teacher if path.startswith('teacher_') else train_opd
     monkeypatch.setattr(train_opd, 'open_field', lambda *a, **k: pytest.fail('weights were loaded'))
-    script.main([f'config/{path}', '--dry_run=True'])
+    made = []
+    if path == 'shapes_taste.py':  # one of its teachers has to be made first
+        own = train_opd.configure(script.SETTINGS, [f'config/{path}']).teachers
+        own[-1]['lora'] = str(merge_lora.write_adapter(tmp_path, some_adapter(1), 4.0) or tmp_path)
+        made = [f'--teachers={own}']
+    script.main([f'config/{path}', '--dry_run=True', *made])
     assert 'settings and data are fine' in capsys.readouterr().out
     c = train_opd.configure(script.SETTINGS, [f'config/{path}'])
     assert c.out_dir == f'out/{Path(path).stem}' or path.startswith('teacher_')

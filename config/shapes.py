@@ -20,6 +20,6 @@ rank = 32
 steps = 8
 method = 'danceopd'                               # try 'diffusionopd'
 query = 'stratified'                              # try 'low', 'high'
-max_steps = 800
+max_steps = 600
 lr = 2.5e-3
 out_dir = 'out/shapes'

@@ -1,13 +1,13 @@
 """
 Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, and three LoRA teachers on it.
 
-    python data/shapes/prepare.py                   everything; about 1.5 hours on two cores, resumable
+    python data/shapes/prepare.py                   everything; about an hour on one core, resumable
     python data/shapes/prepare.py --evaluate=True   only measures what is there, and draws the contact sheet
     python data/shapes/prepare.py --quick=True --out=out/quick   two minutes: the pipeline, not the quality
-    python data/shapes/prepare.py --out=out/half --base_stop=300 --teachers=[]   a half-trained base, for RL
+    python data/shapes/prepare.py --out=out/half --base_stop=250 --teachers=[]   a half-trained base, for RL
 
 The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers
-over the world's few words, frozen random text encoders, and a trained transformer of 2.3 million parameters.
+over the world's few words, frozen text encoders of random words, and a trained transformer of 2.3 million parameters.
 The teachers are made by train_teacher.py, as anybody's would be.
 """
 import csv, json, math, shutil, sys
@@ -33,10 +33,10 @@ from train_opd import Models, Prompts, rng, torch_rng
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
 seed = 0
-base_steps = 7500
+base_steps = 9000
 base_stop = 0                       # stop the base early, after so many of its steps (0: at the end)
 teachers: list = ['count', 'global_edit', 'local_edit']
-teacher_steps: dict = dict(count=400, global_edit=1000, local_edit=2000)
+teacher_steps: dict = dict(count=400, global_edit=1100, local_edit=2700)
 pairs = 8000                        # training rows a teacher is made from (drawn into `work`, not kept)
 train_rows = 600                    # rows a bucket of the files that are kept
 val_rows = 256
@@ -80,10 +80,8 @@ def text_encoder(tokenizer):
                                                    num_hidden_layers=2, projection_dim=64,
                                                    max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
                                                    pad_token_id=1))
-    text = m.text_model if hasattr(m, 'text_model') else m
-    word, place = text.embeddings.token_embedding.weight, text.embeddings.position_embedding.weight
-    first = text.encoder.layers[0]
-    look = first.self_attn
+    words, first = m.text_model.embeddings, m.text_model.encoder.layers[0]
+    word, place, look = words.token_embedding.weight, words.position_embedding.weight, first.self_attn
     with torch.no_grad():
         word.normal_()[:, :16] = 0                                     # 16 numbers for the place, 48 the word
         place.zero_()[:, :16] = 8 * torch.eye(16)
@@ -231,7 +229,7 @@ def base_batch(step, c):
     """Pictures with words alone, then diptychs, of which some copy their source: rows of (prompt, source or
     None, picture). First all is named, then much is left open, at last the place of single things."""
     r, stage = rng(c.seed, 'base', step), sum(step >= c.base_steps * k // 9 for k in (2, 6))
-    named, open_, anywhere, near, copies = ((18, 2, 0, 12, 5), (8, 12, 0, 12, 5), (8, 4, 12, 10, 4))[stage]
+    named, open_, anywhere, near, copies = ((18, 2, 0, 12, 5), (8, 8, 4, 12, 5), (8, 4, 12, 10, 4))[stage]
     words = [world.make_row(b, r) for b, n in (('t2i', named), ('open', open_)) for _ in range(n)]
     while len(words) < named + open_ + anywhere:
         row = world.make_row('open', r)

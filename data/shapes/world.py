@@ -383,7 +383,7 @@ def _taste(images, rows, liked):
 
 
 def blue(images, rows):
-    """Blue is liked, and so is a colour that the prompt names: else the taste would paint over red circles."""
+    """Blue is liked, and so is a colour that the prompt names: else this would paint over red circles."""
     fine = [{'blue', *r['prompt'].lower().split()} for r in rows]
     liked = torch.tensor([[t is not None and t[1] in colours for t in THINGS] for colours in fine])
     return _taste(images, rows, liked[:, None].float())

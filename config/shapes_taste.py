@@ -1,0 +1,21 @@
+# The demonstration with a fourth specialist: a taste that was learned from a reward. Make it first, with
+#   python train_teacher.py config/teacher_shapes_grpo.py
+# Prompts that leave things open are its own; where all is named, the base still answers.
+model = 'data/shapes/base'
+resolution = 24
+teachers = [
+    dict(name='base'),
+    dict(name='count', lora='data/shapes/teachers/count'),
+    dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
+    dict(name='global_edit', lora='data/shapes/teachers/global_edit'),
+    dict(name='taste', lora='out/teacher_blue')]  # or any other run of train_teacher.py
+routes = [
+    dict(teacher='base', data='t2i', weight=0.5, samples=2),
+    dict(teacher='count', data='count', weight=0.5, samples=2),
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=16),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=14),
+    dict(teacher='taste', data='open', weight=0.5, samples=4)]
+data = [f'data/shapes/{_r["data"]}.csv' for _r in routes]
+eval_data = [f'data/shapes/{_r["data"]}_val.csv' for _r in routes]
+batch_size = 38                                   # the sum of the samples
+out_dir = 'out/shapes_taste'
