@@ -295,9 +295,13 @@ def claim(out, resume, meta):
     old = json.loads((last / 'meta.json').read_text())
     for name, t in meta['teachers'].items():
         before = old['teachers'].get(name)
-        if before is None or before['sha256'] != t['sha256']:
+        what = 'sha256' if t['sha256'] and before and before['sha256'] else 'path'  # a hub id has no sum
+        if before is None or before[what] != t[what]:
             raise BadInput(f'the run in {out} had another teacher "{name}" ({(before or {}).get("path")}, '
                            f'now {t["path"]}); give the same one, or start a new run in another --out_dir')
+    if old['settings']['alpha'] != meta['settings']['alpha']:          # it would scale what was learned
+        raise BadInput(f'the run in {out} has alpha {old["settings"]["alpha"]}, not '
+                       f'{meta["settings"]["alpha"]}: resume with the same, or start from it as an adapter')
     for k, v in meta['settings'].items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')

@@ -833,6 +833,17 @@ def test_other_schedulers_of_unets_become_ddim():
     for n in (1, 4, 20):
         s = again.sigmas(n, 64, 64)
         assert len(s) == n + 1 and (s[1:] < s[:-1]).all() and s[-1] == 0 and s[0] < 1, s
+    assert again.sigmas(1000, 64, 64).isfinite().all()  # SD1.5's list of times is one beyond its table then
+
+
+def test_schedulers_with_sigmas_that_are_no_euler_become_ddim_too():
+    """Their states are scaled otherwise: a rollout would start almost without noise."""
+    field = build('sd15')
+    field.pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(field.pipe.scheduler.config)
+    again = T.UNet(field.pipe, 'cpu', LENGTH)
+    eps = torch.ones(1, 4, 8, 8)
+    assert type(again.pipe.scheduler) is diffusers.DDIMScheduler
+    assert (again.start(eps, 20, 64, 64) > 0.9).all() and again.sigmas(20, 64, 64)[0] > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1701,7 +1712,7 @@ def test_group_advantage():
         want = [-min(1, clip), 0, min(1, clip), 0, 0, 0, -1 / root, -1 / root, most]
         assert train_opd.group_advantage(r, 3, clip).tolist() == pytest.approx(want, abs=1e-5)
     want = (r.view(3, 3) - r.view(3, 3).mean(1, keepdim=True)).flatten() / r.std()
-    torch.testing.assert_close(train_opd.group_advantage(r, 3, global_std=True), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(train_opd.group_advantage(r, 3, std=r.std()), want, rtol=1e-4, atol=1e-5)
 
 
 def test_ppo_loss_is_clipped_both_ways():
@@ -2032,7 +2043,7 @@ def test_two_processes_are_one(world, tmp_path):
     more = dict(max_steps=5, save_every=1, ckpt_keep=9, steps=2, eval_samples=2, lr=2e-3)
     jobs = [('opd', train_opd.main, world.opd, dict(more, batch_size=8)),
             ('grpo', train_teacher.main, world.teacher,
-             dict(more, method='grpo', group_size=4, batch_size=16))]
+             dict(more, method='grpo', group_size=4, batch_size=16, global_std=True))]
     code = '''if True:
         import json, sys, train_opd, train_teacher
         for name, argv in json.loads(sys.argv[1]):
@@ -2128,6 +2139,8 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     'anchor_beta is set but there is no anchor': lambda w: dict(anchor_beta=0.04),
     "anchor: no teacher is called 'three'": lambda w: dict(anchor='three', anchor_beta=0.04),
     'group_size = 1: Flow-OPD compares': lambda w: dict(method='flowopd', eta=0.7),
+    "kl_var = 'code' is about an SDE's variance": lambda w: dict(method='diffusionopd', kl_var='code'),
+    "dtype: 'float16' is not one of": lambda w: dict(dtype='float16'),
     'queries = 5 distinct states cannot be had from 3 steps': lambda w: dict(queries=5)}
 
 
@@ -2168,6 +2181,8 @@ def test_another_run_is_not_written_over(world, tmp_path):
         run(train_opd.main, [*argv, f'--teachers={other!r}', '--init_from=resume'])
     with pytest.raises(BadInput, match='holds another adapter than these settings make: rank'):
         run(train_opd.main, [*argv, '--rank=7', '--init_from=resume'])
+    with pytest.raises(BadInput, match='has alpha 8.0, not 16.0: resume with the same'):
+        run(train_opd.main, [*argv, '--alpha=16.0', '--init_from=resume'])
     assert listing(out) == before
     with pytest.raises(BadInput, match='nothing has no whole checkpoint to resume from'):
         world.distil(tmp_path / 'nothing', init_from='resume')
@@ -2185,8 +2200,24 @@ def test_a_torn_line_in_the_log_does_not_stop_a_resume(world, tmp_path):
     out = run(train_opd.main, argv)
     whole = (out / 'log.jsonl').read_text()
     (out / 'log.jsonl').write_text(whole + '{"step": 3, "lo')
+    first = json.loads((out / 'result.json').read_text())
     run(train_opd.main, [*argv, '--max_steps=3', '--init_from=resume'])
     assert len(log(out, 'loss')) == 3
+    last = json.loads((out / 'result.json').read_text())  # where it all began is still known
+    assert [r['gap_before'] for r in last.values()] == [r['gap_before'] for r in first.values()]
+
+
+def test_a_base_in_bfloat16_learns_from_a_merged_start_and_resumes(world, tmp_path):
+    """As on a GPU: the base and the teachers in bfloat16, the student in float32, its start exact."""
+    argv = world.opd(tmp_path / 'run', max_steps=2, save_every=1, init_from='merge', dtype='bfloat16')
+    out = run(train_opd.main, argv)
+    start, want = merge_lora.read_adapter(out / 'start'), merge_lora.merge(
+        [merge_lora.read_adapter(p) for p in (world.one, world.two)], [0.5, 0.5])
+    for k, (A, B, scale) in want.items():
+        a, b, s = start[k]
+        torch.testing.assert_close(s * b @ a, scale * B @ A, rtol=1e-4, atol=1e-6)
+    assert all(x.dtype == torch.float32 for x in state(out, 2)['student'].values())
+    resumes_exactly(train_opd.main, argv, out, 1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2321,6 +2352,8 @@ TEACHER_MISTAKES = {
         method='grpo', group_size=4, reward=[dict(reward='nowhere.py:score')]),
     r'judges.py:nun: .* has no such function, did you mean nan\?': lambda w: dict(
         method='grpo', group_size=4, reward=[dict(reward=f'{w.at}/judges.py:nun')]),
+    'best_of belongs to grpo; leave it at 0': lambda w: dict(method='sdpo', group_size=2, best_of=2),
+    'updates above 1 reuse a rollout': lambda w: dict(method='sft', updates=2),
     'reward is empty': lambda w: dict(method='grpo', group_size=4, reward=[]),
     "reward 'jpeg': weight must be more than 0": lambda w: dict(
         method='grpo', group_size=4, reward=[dict(reward='jpeg', weight=0)])}

@@ -18,6 +18,7 @@ One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma f
 """
 import atexit, contextlib, copy, itertools, json, math, os, random, resource
 import signal, sys, time, warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,11 +346,12 @@ class UNet(Field):
     """SD1.x, SD-Turbo, SDXL, SDXL-Turbo with epsilon or v prediction, as a flow: with a = sqrt(abar_t) and
     b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Euler in z is DDIM in x_t."""
     patch, prefix, targets = 1, 'unet', ['to_q', 'to_k', 'to_v', 'to_out.0']
+    euler = 'Euler', 'EulerAncestral', 'DDIMScheduler'
 
     def __init__(self, pipe, *a, **k):
         super().__init__(pipe, *a, **k)
-        if not hasattr(pipe.scheduler, 'sigmas') and type(pipe.scheduler).__name__ != 'DDIMScheduler':
-            from diffusers import DDIMScheduler                        # PNDM and others are no Euler steps
+        if type(pipe.scheduler).__name__.removesuffix('DiscreteScheduler') not in self.euler:
+            from diffusers import DDIMScheduler                # PNDM, DPM-Solver and others: no Euler steps
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         abar = pipe.scheduler.alphas_cumprod.double()
         self.noise = ((1 - abar) / abar).sqrt()                        # b / a of every t: grows with t
@@ -359,7 +361,7 @@ class UNet(Field):
         s.set_timesteps(n)
         if hasattr(s, 'sigmas'):                               # the Euler scheduler speaks b / a itself
             return s.sigmas.double().cpu(), s.init_noise_sigma
-        k = torch.cat([self.noise[s.timesteps.long().cpu()], torch.zeros(1, dtype=torch.float64)])
+        k = torch.cat([self.noise[s.timesteps.long().cpu().clamp(max=len(self.noise) - 1)], torch.zeros(1, dtype=torch.float64)])
         return k, (k[0] ** 2 + 1).sqrt()                               # DDIM starts from x_T of unit variance
 
     def sigmas(self, n, height, width):
@@ -518,13 +520,14 @@ class Models:
         return merge_lora.fit(adapter, shapes, what)
 
     def load_full(self, path):
-        own = self.field.net
-        try:
-            sub = None if (Path(path) / 'config.json').exists() else self.field.prefix
-            net = type(own).from_pretrained(path, subfolder=sub, dtype=own.dtype)
-        except Exception as e:
-            raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
-                           f'diffusers folder or hub id of the same family. It said: {str(e).strip()[:300]}')
+        own, path, said, net = self.field.net, os.path.expanduser(path), '', None
+        for sub in (None,) if (Path(path) / 'config.json').exists() else (self.field.prefix, None):
+            try:                                               # of a whole pipeline, or the network alone
+                net = net or type(own).from_pretrained(path, subfolder=sub, dtype=own.dtype)
+            except Exception as e:
+                said = said or str(e).strip()[:300]
+        need(net, f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a diffusers '
+             f'folder or hub id of the same family. It said: {said}')
         for k in ('in_channels', 'out_channels'):
             need(net.config.get(k) == own.config.get(k),
                  f'checkpoint {path} has {k} {net.config.get(k)}, the base {own.config.get(k)}')
@@ -575,6 +578,9 @@ class Student:
              f'lora_targets; add them there, or leave lora_targets None')
         add_adapter(net, 'student', r=rank, lora_alpha=alpha, target_modules=names,
                     init_lora_weights='gaussian')
+        self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
+        for p in self.params.values():
+            p.data = p.data.float()                            # PEFT made them in the base's dtype
         for key, module in (init or {}).items():
             layer, (A, B) = net.get_submodule(key), merge_lora.to_rank(module, rank)
             used = A.flatten(1).abs().amax(1) > 0                      # a surplus row keeps its random start
@@ -582,9 +588,6 @@ class Student:
             layer.lora_A['student'].weight.data[used.to(where)] = A[used].to(where)
             layer.lora_B['student'].weight.data.copy_(B / (alpha / rank))
         self.net, self.names, self.alpha, self.ema, self.bad = net, names, alpha, None, 0
-        self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
-        for p in self.params.values():
-            p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(betas),
                                            weight_decay=weight_decay)
 
@@ -800,10 +803,11 @@ def diffusionopd_loss(v, v_target, sigma, sigma_next, eta=0.0, kind='flow', var=
     return kl_weight(sigma, sigma_next, eta, kind, var) * velocity_error(v, v_target)
 
 
-def group_advantage(rewards, group, clip=5.0, global_std=False, eps=1e-6):
-    """(r - mean) / std within each group of `group` in a row, clipped. Groups without spread get zeros."""
+def group_advantage(rewards, group, clip=5.0, std=None, eps=1e-6):
+    """(r - mean) / std within each group of `group` in a row, clipped; or with one std for all of a batch.
+    Groups without spread get zeros."""
     r = rewards.view(-1, group)
-    std = rewards.std() if global_std else r.std(1, keepdim=True)
+    std = r.std(1, keepdim=True) if std is None else std
     flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= eps
     a = (r - r.mean(1, keepdim=True)) / (std + eps)
     return a.masked_fill(flat, 0).clamp(-clip, clip).view(-1)
@@ -841,7 +845,7 @@ def launch(device='', tf32=True):
     rank, size, local = (int(os.environ.get(k, d))
                          for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     gpu = torch.cuda.is_available() and not device.startswith('cpu')
-    device = device or (f'cuda:{local}' if gpu else 'cpu')
+    device = f'cuda:{local}' if gpu and device in ('', 'cuda') else device or 'cpu'
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -872,6 +876,7 @@ def own_settings(settings, argv):
     for k, none in (('eval_data', []), ('score', '')):
         if c.model != default['model'] and getattr(c, k) == default[k]:
             setattr(c, k, none)
+    c.model = os.path.expanduser(c.model)
     return c
 
 
@@ -885,6 +890,7 @@ def check_settings(c, choices, least):
             x, above = getattr(c, k), bound == 'above 0'
             need(x > 0 if above else x >= int(bound),
                  f'{k} must be {"more than 0" if above else f"at least {bound}"}, not {x}')
+    need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
     need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: a number, or [height, width]')
     if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
@@ -919,6 +925,8 @@ class Run:
             dist.barrier()                                             # one process looks after the folder
             last = newest(c.out_dir) if c.init_from == 'resume' else None
 
+        if c.init_from not in ('base', 'merge', 'resume'):
+            merge_lora.find(c.init_from)                               # fetched before the large model is
         low = 'bfloat16' if world.device.type == 'cuda' else 'float32'
         self.field = field = open_field(c.model, getattr(torch, low if c.dtype == 'auto' else c.dtype),
                                         world.device, c.family, c.max_sequence_length, c.distilled_guidance)
@@ -958,7 +966,8 @@ class Run:
         keys = [('', False), ('', True)][:1 + d.editing]
         self.prompts = Prompts(field)
         self.prompts.add(keys + [text_key(r) for rows in self.eval_rows.values() for r in rows], keep=True)
-        size = sum(map(len, d.buckets.values())) * self.prompts.size(('', False))
+        mean = sum(map(self.prompts.size, self.prompts.kept)) / len(self.prompts.kept)
+        size = sum(map(len, d.buckets.values())) * mean
         self.whole = size < c.cache_gb * 1e9           # all prompts now, or a chunk of steps at a time
         if self.whole:
             self.prompts.add((text_key(b[i]) for b in d.buckets.values() for i in range(len(b))), keep=True)
@@ -973,7 +982,7 @@ class Run:
                          ['source', 'target'])
         if not last:
             self.save(0)
-        signal.signal(signal.SIGTERM, lambda *a: setattr(self, 'stop', 1))
+        signal.signal(signal.SIGTERM, lambda *a: setattr(self, 'stop', max(self.stop, 1)))
 
     def picture(self, path):
         return load_image(path, self.d.height, self.d.width) / 2 + 0.5 if path else None
@@ -1075,6 +1084,12 @@ class Run:
             raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower '
                                f'lr, or use dtype=float32. The last checkpoint in {self.out} is from before')
 
+    def at_start(self, prefix, now):
+        """An evaluation as it was when the run began: after a resume the log has it."""
+        known = self.log.history if self.world.rank == 0 else ()
+        old = next((e for e in known if all(prefix + k in e for k in now)), {})
+        return {k: old.get(prefix + k, v) for k, v in now.items()}
+
     def record(self, entry):
         if self.world.rank == 0:
             self.log.add(entry)
@@ -1147,7 +1162,7 @@ def check(c):
                         query_space=('index', 'sigma'), query=('low', 'mid', 'high', 'uniform', 'stratified'),
                         kl_var=('true', 'code'), mixing=('hard', 'soft'), reward=('k1', 'code', 'paper'),
                         states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
-                        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16', 'float16')),
+                        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16')),  # float16: no range
                    {'1': 'max_steps batch_size micro_batch rank steps queries group_size updates '
                          'sample_steps encode_every save_every eval_every log_every ckpt_keep eval_samples '
                          'max_bad_steps ema_every show',
@@ -1164,6 +1179,8 @@ def check(c):
     need(dance or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
     need(dance or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
     need(not dance or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
+    need(c.kl_var == 'true' or (c.eta and not dance), "kl_var = 'code' is about an SDE's variance: it needs "
+         "eta above 0, and diffusionopd or flowopd")
     need(c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
     need(c.sde != 'cps' or not c.eta or dance or (c.drop_last and c.kl_var == 'true'), "sde = 'cps' ends "
          "without noise, where the KL has no value: set drop_last = 1 and kl_var = 'true'")
@@ -1407,7 +1424,7 @@ def main(argv):
         return sum(gaps) / len(gaps)
 
     def pictures(who, label, n, tensors=None):
-        w = c.rollout_guidance if who == 'student' else by_name.get(who, {}).get('guidance', 1.0)
+        w = by_name[who].get('guidance', 1.0) if who in by_name else c.rollout_guidance
         return run.render(who, label, run.eval_rows[label][:n], c.sample_steps, w, tensors)
 
     still = {}                                                         # pictures that do not change
@@ -1429,7 +1446,7 @@ def main(argv):
         run.record(dict(step=step, **{f'gap/{k}': g for k, g in gaps.items()}))
         return gaps
 
-    before = evaluate(run.first)
+    before = run.at_start('gap/', evaluate(run.first))
     for todo in run.steps(evaluate):
         if c.method == 'flowopd':
             flowopd(todo)

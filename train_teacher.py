@@ -89,10 +89,10 @@ def draw_sigma(schedule, r, kind):
     return schedule[min(int((1 - u) * (len(schedule) - 1)), len(schedule) - 2)]
 
 
-def combined_advantage(values, weights, group, clip=5.0, global_std=False):
+def combined_advantage(values, weights, group, clip=5.0, stds=None):
     """Several rewards: each normalised within its group, then added by weight, so that no scale wins. Also
     which groups are alive: one whose rewards are all equal teaches nothing and is skipped."""
-    parts = [group_advantage(v, group, clip, global_std) for v in values]
+    parts = [group_advantage(v, group, clip, std) for v, std in zip(values, stds or [None] * len(values))]
     total = sum(w * a for w, a in zip(weights, parts)).clamp(-clip, clip)
     return total, total.view(-1, group).abs().amax(1) > 0
 
@@ -139,7 +139,7 @@ def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
 def check(c):
     check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
                            sde=('flow', 'dance', 'cps'), lr_schedule=('constant', 'cosine'),
-                           dtype=('auto', 'float32', 'bfloat16', 'float16')),
+                           dtype=('auto', 'float32', 'bfloat16')),
                    {'1': 'max_steps batch_size micro_batch rank steps group_size updates sample_steps '
                     'encode_every save_every eval_every log_every ckpt_keep eval_samples max_bad_steps '
                     'ema_every show buffer',
@@ -162,6 +162,12 @@ def check(c):
     need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
     need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
          "adapter")
+    for method, names in (('grpo', 'timestep_fraction best_of global_std'), ('sdpo', 'gamma buffer'),
+                          ('sft', 'sigmas prompt_dropout')):
+        for k in names.split():
+            need(c.method == method or getattr(c, k) == SETTINGS[0][k], f'{k} belongs to {method}; leave it '
+                 f'at {SETTINGS[0][k]!r} with method = {c.method!r}')
+    need(rl or c.updates == 1, 'updates above 1 reuse a rollout; sft has none')
     unit = G * world * (c.updates if c.method == 'grpo' else 1)
     need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x '
          f'groups of {G} x updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
@@ -190,15 +196,16 @@ def main(argv):
         return print('dry run: settings and data are fine')
     routes = [dict(data=k, weight=float(len(b))) for k, b in d.buckets.items()]
     plan_at = lambda run, step: run.mine(step, routes, same_noise=c.same_noise and c.method != 'sft')
-    run = Run(c, d, init=lambda models: None, plan=plan_at, eval_rows=max(c.eval_samples, c.show))
-    student, models, device = run.student, run.models, run.world.device
+    device = train_opd.launch(c.device, c.tf32).device                 # rewards first: their files may lack
     judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward
               if c.method != 'sft']
     watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
+    run = Run(c, d, plan=plan_at, eval_rows=max(c.eval_samples, c.show))
+    student, models = run.student, run.models
     memory = {(p, i): deque(v, c.buffer) for p, i, v in run.state}     # sdpo's returns by prompt and step
     count = dict(groups=0, skipped_groups=0)
     path = run.field.sigmas(c.steps, d.height, d.width).to(device)
-    fine = run.field.sigmas(1000, d.height, d.width)
+    fine = run.field.sigmas(1000, d.height, d.width) if c.method == 'sft' else None
 
     def ask_rewards(images, rows):
         """All rewards of some pictures, one list each."""
@@ -250,6 +257,10 @@ def main(argv):
             jobs = [[(t, pool.submit(ask_rewards, run.field.decode(t.x0), [s.data for s in t.todo]))
                      for t in rolled(p, n)] for p in run.parts(todo)]
             got = [[(t, job.result()) for t, job in part] for part in jobs]
+        whole = None
+        if c.global_std:                                       # of all chunks and processes
+            rows = [r for part in got for _, values in part for r in torch.stack(values, 1).tolist()]
+            whole = list(torch.tensor(gather(run.world, rows)).std(0))
         trained = sorted(rng(c.seed, step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction))))
         for part in got:
             for t, values in part:
@@ -257,7 +268,7 @@ def main(argv):
                 run.note(t.todo, reward=total,
                          **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
                 advantage, alive = combined_advantage(values, [w for _, _, w in judges], c.group_size,
-                                                      c.adv_clip, c.global_std)
+                                                      c.adv_clip, whole)
                 count['groups'] += len(alive)
                 count['skipped_groups'] += len(alive) - int(alive.sum())
                 use = alive.repeat_interleave(c.group_size)
@@ -377,7 +388,7 @@ def main(argv):
         run.record(dict(step=step, **{f'eval/{k}': v for k, v in result.items()}))
         return result
 
-    before = evaluate(run.first)
+    before = run.at_start('eval/', evaluate(run.first))
     for todo in run.steps(evaluate):
         if c.method == 'sft':
             flow_matching(todo, run.step)

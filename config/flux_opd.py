@@ -22,6 +22,7 @@ alpha = 64.0
 steps = 16                                        # from here to lr DanceOPD's
 method = 'danceopd'
 query = 'low'
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 2e-4
 lr_schedule = 'constant'
 max_steps = 2000

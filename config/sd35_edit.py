@@ -20,6 +20,7 @@ steps = 16
 method = 'danceopd'
 queries = 1
 query = 'low'
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 2e-4
 lr_schedule = 'constant'                          # from here our choice, where nothing is said
 max_steps = 3000                                  # published

@@ -29,6 +29,7 @@ anchor = 'base'
 anchor_beta = 0.04
 batch_size = 256                                  # 16 prompts: a multiple of group_size x updates x GPUs
 micro_batch = 16
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 3e-4                                         # Flow-GRPO's
 lr_schedule = 'constant'
 ema_decay = 0.9                                   # ours, as grad_checkpointing and what follows

@@ -21,8 +21,9 @@ alpha = 64.0
 steps = 10
 eta = 0.0                                         # the ODE, which converges about five times faster
 rollout_guidance = student_guidance = 4.5
-method = 'diffusionopd'                           # their release: also kl_var = 'code', drop_last = 1
+method = 'diffusionopd'                           # their release: also drop_last = 1
 batch_size = 72
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 3e-4
 weight_decay = 1e-4
 ema_decay = 0.9

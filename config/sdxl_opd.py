@@ -22,6 +22,7 @@ steps = 20
 rollout_guidance = student_guidance = 5.0
 method = 'danceopd'
 query = 'low'
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 1e-4
 max_steps = 2000
 eval_every = 100

@@ -27,6 +27,7 @@ timestep_fraction = 0.6
 clip_range = 1e-4
 batch_size = 96                                   # ours: a prompt on each of 8 GPUs
 micro_batch = 12
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 3e-4                                         # published for LoRA; 1e-5 for all weights
 lr_schedule = 'constant'
 weight_decay = 1e-4

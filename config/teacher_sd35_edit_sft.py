@@ -15,6 +15,7 @@ rank = 128                                        # DanceOPD's student has the s
 alpha = 128.0
 sigmas = 'logit_normal'                           # as SD3 was trained
 prompt_dropout = 0.1                              # usual; guidance works afterwards
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 1e-4                                         # from here our choice
 lr_schedule = 'constant'
 max_steps = 10000

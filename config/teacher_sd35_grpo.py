@@ -28,6 +28,7 @@ kl_beta = 0.01                                    # for PickScore; 0.04 for OCR 
 batch_size = 1152                                 # 48 prompts of 24
 updates = 2
 micro_batch = 24
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 3e-4
 lr_schedule = 'constant'
 ema_decay = 0.9

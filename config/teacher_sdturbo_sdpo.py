@@ -25,6 +25,7 @@ clip_range = 1e-4
 adv_clip = 5.0
 batch_size = 64
 micro_batch = 16
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 1e-4
 lr_schedule = 'constant'
 max_steps = 2000

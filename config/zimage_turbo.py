@@ -26,6 +26,7 @@ steps = sample_steps = 8                          # the model card's
 rollout_guidance = student_guidance = 1.0         # none, as the model is used
 method = 'danceopd'
 query = 'stratified'                              # all eight states alike
+betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 1e-4
 max_steps = 2000
 eval_every = 100
