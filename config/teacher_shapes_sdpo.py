@@ -10,13 +10,19 @@ watch_reward = 'shapes'
 
 rank = 16
 alpha = 32.0
-steps = sample_steps = 4                          # SDPO: two to four
+steps = 6                                         # of which four are drawn with noise and trained
+sample_steps = 4                                  # SDPO is for two to four
+sde = 'cps'                                       # its last pictures have no noise left in them
+eta = 0.6
+drop_last = 2
 group_size = 2                                    # its pairs, which start from one noise
-eta = 0.3
-batch_size = 64
-micro_batch = 64
-lr = 1e-3
-max_steps = 100
-eval_every = 50
-score = ''
+batch_size = 128
+micro_batch = 128
+lr = 5e-4
+lr_schedule = 'constant'
+warmup = 10
+ema_decay = 0.95
+max_steps = 60
+eval_every = 20
+score = 'data/shapes/world.py:score'
 out_dir = 'out/teacher_sdpo'
