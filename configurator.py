@@ -26,16 +26,23 @@ def collect(module):
 
 
 def _kinds(kind):
-    """The plain types in an annotation: int | None -> (int, NoneType), list[str] -> (list,)."""
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return tuple(typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,)))
+    """int | None -> (int, NoneType); int -> (int,)"""
+    return typing.get_args(kind) or (kind,)
 
 
 def _names(kind):
     return ' or '.join({types.NoneType: 'None', object: 'anything'}.get(k, k.__name__) for k in _kinds(kind))
 
 
-def _cast(key, value, kind, where):
+def _known(key, known, where):
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        mend = f'did you mean {near[0]}?' if near else 'see --help'
+        raise BadInput(f'{where}: unknown setting {key}, {mend}')
+
+
+def _cast(key, value, kind, where, text=None):
+    """A value of a type that the setting accepts; what is no other is plain `text`, where there is one."""
     kinds = _kinds(kind)
     if type(value) in kinds or object in kinds:  # the exact type, because isinstance takes True for an int
         return value
@@ -43,27 +50,8 @@ def _cast(key, value, kind, where):
         if type(value) is given and wanted in kinds:
             return wanted(value)
     given = 'None, which it does not accept' if value is None else f'{type(value).__name__} {value!r}'
-    raise BadInput(f'{where}: {key} should be {_names(kind)}, not {given}')
-
-
-def _parse(key, text, kind, where):
-    try:
-        value = ast.literal_eval(text)
-    except Exception:  # no Python literal: plain text
-        value = text
-    try:
-        return _cast(key, value, kind, where)
-    except BadInput:
-        if str in _kinds(kind):
-            return text
-        raise
-
-
-def _check_known(key, known, where):
-    if key not in known:
-        near = difflib.get_close_matches(key, known, 1)
-        mend = f'did you mean {near[0]}?' if near else 'see --help'
-        raise BadInput(f'{where}: unknown setting {key}, {mend}')
+    need(text is not None and str in kinds, f'{where}: {key} should be {_names(kind)}, not {given}')
+    return text
 
 
 def _execute(path, values, kinds):
@@ -77,7 +65,7 @@ def _execute(path, values, kinds):
         raise BadInput(f'{path}, line {line}: {type(e).__name__}: {e}') from e
     for key, value in names.items():
         if key[0] != '_' and not isinstance(value, types.ModuleType):
-            _check_known(key, values, path)
+            _known(key, values, path)
             values[key] = _cast(key, value, kinds[key], path)
 
 
@@ -91,22 +79,23 @@ def configure(settings, argv):
     while words:
         word = words.pop(0)
         if not word.startswith('--'):
-            if not pathlib.Path(word).is_file():
-                bare = word.lstrip('-')
-                mend = f', did you mean --{bare}?' if bare.split('=')[0] in values or '=' in word else ''
-                raise BadInput(f'no such config file: {word!r}{mend}')
+            bare = word.lstrip('-')
+            mend = f', did you mean --{bare}?' if bare.split('=')[0] in values or '=' in word else ''
+            need(pathlib.Path(word).is_file(), f'no such config file: {word!r}{mend}')
             _execute(word, values, kinds)
             continue
         key, equals, text = word[2:].partition('=')
-        _check_known(key, values, word)
-        if not equals:
-            alone = not words or words[0].startswith('--')
-            if kinds[key] is bool and not alone:  # --compile config.py: the next word is not its value
-                alone = words[0] not in ('True', 'False')
-            if alone and bool not in _kinds(kinds[key]):
-                raise BadInput(f'{word} needs a value: {word}=...')
+        _known(key, values, word)
+        if not equals:  # --compile alone is True; --compile config.py: the next word is not its value
+            alone = not words or words[0].startswith('--') or \
+                kinds[key] is bool and words[0] not in ('True', 'False')
+            need(not alone or bool in _kinds(kinds[key]), f'{word} needs a value: {word}=...')
             text = 'True' if alone else words.pop(0)
-        values[key] = _parse(key, text, kinds[key], word)
+        try:
+            value = ast.literal_eval(text)
+        except Exception:  # no Python literal: plain text
+            value = text
+        values[key] = _cast(key, value, kinds[key], word, text)
     return types.SimpleNamespace(**values)
 
 

@@ -14,8 +14,9 @@ biases, pickles, and files in a model's original naming (fused qkv).
 """
 import json, math, os, pathlib, re, shutil, sys
 import torch
-import safetensors, safetensors.torch
-from configurator import BadInput, collect, configure, run
+import safetensors
+from safetensors.torch import load_file, save_file
+from configurator import BadInput, collect, configure, need, run
 
 adapters = ''   # comma list: folders, .safetensors files, hub ids owner/repo[/folder or /file.safetensors]
 weights = ''    # comma list, one an adapter; empty: equal shares that sum to 1
@@ -40,16 +41,19 @@ def some(names):
     return ', '.join(names[:5]) + (f', ... {len(names)} in all' if len(names) > 5 else '')
 
 
+def refuse(message, names):
+    need(not names, f'{message}: {some(names)}')
+
+
 # -------------------- find and read
 def find(path):
     """A local file or folder, else a hub id -> the path of one .safetensors file."""
     text = os.path.expanduser(str(path))
     local, parts = pathlib.Path(text), text.rstrip('/').split('/')
-    if not text.strip():
-        raise BadInput('an adapter is named by the empty string')
+    need(text.strip(), 'an adapter is named by the empty string')
     if not local.exists():
-        if text[0] in './~' or len(parts) < 2 or '' in parts or os.path.exists(parts[0]):
-            raise BadInput(f'no such adapter: {path} (a local path, or a hub id owner/repo[/sub/folder])')
+        need(text[0] not in './~' and len(parts) > 1 and '' not in parts and not os.path.exists(parts[0]),
+             f'no such adapter: {path} (a local path, or a hub id owner/repo[/sub/folder])')
         local = _fetch('/'.join(parts[:2]), '/'.join(parts[2:]))
     if (local / 'latest').exists():  # a run's folder: its newest checkpoint, averaged weights if it has them
         local = local / 'latest'
@@ -58,9 +62,8 @@ def find(path):
         return local
     here = sorted(f.name for f in local.glob('*.safetensors'))
     name = next((f for f in FILES if f in here), here[0] if len(here) == 1 else None)
-    if name is None:
-        seen = some(here or [f.name for f in local.iterdir()]) or 'nothing'
-        raise BadInput(f'{local} holds {seen}; ' + ('name one file' if here else 'no .safetensors file'))
+    seen = some(here or [f.name for f in local.iterdir()]) or 'nothing'
+    need(name, f'{local} holds {seen}; {"name one file" if here else "no .safetensors file"}')
     return local / name
 
 
@@ -89,8 +92,7 @@ def _fetch(repo, sub):
 def read_adapter(path):
     """{module name: (A, B, scale)} in float32. Names of kohya files keep prefix and underscores until fit."""
     path = find(path)
-    if path.suffix != '.safetensors':
-        raise BadInput(f'{path}: only .safetensors files are read (a pickle can run any code)')
+    need(path.suffix == '.safetensors', f'{path}: only .safetensors files are read (a pickle may run code)')
     try:
         with safetensors.safe_open(path, 'pt') as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k).float() for k in f.keys()}
@@ -102,10 +104,9 @@ def read_adapter(path):
     except (safetensors.SafetensorError, OSError, ValueError) as e:
         raise BadInput(f'{path}: damaged, or a git-lfs pointer; download it again ({e})') from e
     for what, pattern in REFUSED.items():
-        if bad := [k for k in tensors if re.match(pattern, k)]:
-            raise BadInput(f'{path}: {what} are not supported: {some(bad)}')
-    if bad := [k for k, t in tensors.items() if not t.isfinite().all()]:
-        raise BadInput(f'{path}: values that are not finite in {some(bad)}')
+        refuse(f'{path}: {what} are not supported', [k for k in tensors if re.match(pattern, k)])
+    refuse(f'{path}: values that are not finite in',
+           [k for k, t in tensors.items() if not t.isfinite().all()])
 
     found, unknown = {}, []
     for key, tensor in tensors.items():
@@ -117,23 +118,21 @@ def read_adapter(path):
             unknown.append(key)
         else:
             found[name][slot] = tensor
-    if unknown:
-        raise BadInput(f'{path}: keys that are no LoRA factors, or are there twice: {some(unknown)}')
-    if not found:
-        raise BadInput(f'{path}: holds no tensors')
-    if bad := [f'{k} (no {s})' for k, f in found.items() for s in 'AB' if s not in f]:
-        raise BadInput(f'{path}: factors without their partner: {some(bad)}')  # a delta of zero elsewhere
-    if bad := [f'{k} (A {tuple(f["A"].shape)}, B {tuple(f["B"].shape)})' for k, f in found.items()
-               if f['A'].dim() < 2 or f['B'].dim() < 2 or f['B'].shape[2:].numel() != 1
-               or f['A'].shape[0] != f['B'].shape[1] or not f['A'].shape[0]]:
-        raise BadInput(f'{path}: ranks of A and B differ: {some(bad)}')
+    refuse(f'{path}: keys that are no LoRA factors, or are there twice', unknown)
+    need(found, f'{path}: holds no tensors')
+    refuse(f'{path}: factors without their partner',  # other loaders take a delta of zero
+           [f'{k} (no {s})' for k, f in found.items() for s in 'AB' if s not in f])
+    refuse(f'{path}: ranks of A and B differ',
+           [f'{k} (A {tuple(f["A"].shape)}, B {tuple(f["B"].shape)})' for k, f in found.items()
+            if f['A'].dim() < 2 or f['B'].dim() < 2 or f['B'].shape[2:].numel() != 1
+            or f['A'].shape[0] != f['B'].shape[1] or not f['A'].shape[0]])
     adapter = {}
     for name, f in found.items():
         r = f['A'].shape[0]
         alpha = r if config is None else _peft_alpha(config, name, r, path)
         adapter[name] = f['A'], f['B'], (f['alpha'].item() if 'alpha' in f else alpha) / r
-    if bad := [k for k, (_, _, s) in adapter.items() if not s or not math.isfinite(s)]:
-        raise BadInput(f'{path}: alpha is zero or not finite: {some(bad)}')
+    refuse(f'{path}: alpha is zero or not finite',
+           [k for k, (_, _, s) in adapter.items() if not s or not math.isfinite(s)])
     return adapter
 
 
@@ -148,12 +147,11 @@ def _peft_alpha(config, name, r, path):
         alpha *= math.sqrt(r) if config.get('use_rslora') else 1
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise BadInput(f'{path}: its configuration lacks a usable r or lora_alpha ({e})') from e
-    if told != r:
-        raise BadInput(f'{path}: {name} has rank {r}, its configuration says {told}')
-    if config.get('peft_type', 'LORA') != 'LORA' or config.get('use_dora'):
-        raise BadInput(f'{path}: its configuration is not that of a plain LoRA')
-    if re.match('pissa|olora|corda|loftq', str(config.get('init_lora_weights'))):
-        raise BadInput(f'{path}: {config["init_lora_weights"]} changed the base weights as well')
+    init = str(config.get('init_lora_weights'))
+    need(told == r, f'{path}: {name} has rank {r}, its configuration says {told}')
+    need(config.get('peft_type', 'LORA') == 'LORA' and not config.get('use_dora'),
+         f'{path}: its configuration is not that of a plain LoRA')
+    need(not re.match('pissa|olora|corda|loftq', init), f'{path}: {init} changed the base weights as well')
     return alpha
 
 
@@ -168,20 +166,17 @@ def model_shapes(folder):
 
 
 def _shards(folder):
-    parts = [p for p in (pathlib.Path(folder, 'transformer'), pathlib.Path(folder, 'unet')) if p.is_dir()]
-    if not parts:
-        raise BadInput(f'{folder}: no model folder with transformer/ or unet/ (download hub models first)')
-    part = parts[0]
+    part = next((p for k in ('transformer', 'unet') if (p := pathlib.Path(folder, k)).is_dir()), None)
+    need(part, f'{folder}: no model folder with transformer/ or unet/ (download hub models first)')
     name = 'diffusion_pytorch_model.safetensors'
     index, plain, files = part / f'{name}.index.json', part / name, sorted(part.glob('*.safetensors'))
     if index.exists():
         files = [part / f for f in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
     elif plain.exists():  # fp16 variants may stand beside it
         files = [plain]
-    elif len(files) != 1:
-        raise BadInput(f'{part}: no {name} nor its index, but {some(f.name for f in files) or "nothing"}')
-    if bad := [f.name for f in files if not f.exists()]:
-        raise BadInput(f'{part}: the index names files that are not there: {some(bad)}')
+    need(index.exists() or len(files) == 1,
+         f'{part}: no {name} nor its index, but {some(f.name for f in files) or "nothing"}')
+    refuse(f'{part}: the index names files that are not there', [f.name for f in files if not f.exists()])
     return files
 
 
@@ -200,10 +195,8 @@ def fit(adapter, shapes, what=''):
             bad.append(f'{name} ({(B.shape[0], *A.shape[1:])}, the model has {shape})')
         else:  # a 1x1 convolution and a linear layer are the same thing, and files mix them up
             fitted[own] = A.reshape(-1, *shape[1:]), B.reshape(*B.shape[:2], *[1] * (len(shape) - 2)), scale
-    if bad:
-        raise BadInput(f'{what or "adapter"} belongs to another model, or has the names of its first release '
-                       f'(load and save it once with diffusers): {len(bad)} of {len(adapter)} modules '
-                       f'do not fit: {some(bad)}')
+    refuse(f'{what or "adapter"} belongs to another model, or has the names of its first release (load and '
+           f'save it once with diffusers): {len(bad)} of {len(adapter)} modules do not fit', bad)
     return fitted
 
 
@@ -214,8 +207,8 @@ def merge(adapters, weights, rank=None):
     for adapter, w in zip(adapters, weights, strict=True):
         for name, (A, B, scale) in adapter.items():
             parts.setdefault(name, []).append((A.float(), B.float() * (w * scale)))
-    if bad := [k for k, p in parts.items() if len({(len(B), A.shape[1:], B.shape[2:]) for A, B in p}) > 1]:
-        raise BadInput(f'the adapters belong to different models, their shapes differ: {some(bad)}')
+    refuse('the adapters belong to different models, their shapes differ',
+           [k for k, p in parts.items() if len({(len(B), A.shape[1:], B.shape[2:]) for A, B in p}) > 1])
     merged = {k: (torch.cat([A for A, _ in p]), torch.cat([B for _, B in p], 1), 1.0)
               for k, p in parts.items()}
     return {k: (*to_rank(m, rank), 1.0) for k, m in merged.items()} if rank else merged
@@ -244,11 +237,6 @@ def size(adapter):
 
 
 # -------------------- write
-def _write(path, data):
-    with open(path, 'wb') as f:
-        f.write(data), f.flush(), os.fsync(f.fileno())
-
-
 def write_adapter(folder, modules, alpha=None, prefix='transformer'):
     """
     Three files, for diffusers' and for PEFT's loader. modules: {name: (A, B, scale)}, or {name: (A, B)} with
@@ -271,16 +259,16 @@ def write_adapter(folder, modules, alpha=None, prefix='transformer'):
                   target_modules=sorted(modules))  # whole names: short ones would hit modules without factors
     told = json.dumps({f'{prefix}.{k}': v for k, v in config.items()})
     meta = {'format': 'pt', 'lora_adapter_metadata': told}
-    folder, save = pathlib.Path(folder), safetensors.torch.save
+    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / FILES[0], save({f'{prefix}.{k}': t for k, t in factors.items()}, meta))
-    _write(folder / FILES[1], save({f'base_model.model.{k}': t for k, t in factors.items()}))
-    _write(folder / 'adapter_config.json', json.dumps(config, indent=2).encode())
+    save_file({f'{prefix}.{k}': t for k, t in factors.items()}, folder / FILES[0], meta)
+    save_file({f'base_model.model.{k}': t for k, t in factors.items()}, folder / FILES[1])
+    (folder / 'adapter_config.json').write_text(json.dumps(config, indent=2))
 
 
 def _check_new(out):
-    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise BadInput(f'{out} exists and is not an empty folder: name another --out, or remove it')
+    need(not os.path.exists(out) or os.path.isdir(out) and not os.listdir(out),
+         f'{out} exists and is not an empty folder: name another --out, or remove it')
 
 
 def add_to_base(model_folder, adapter, out):
@@ -292,39 +280,39 @@ def add_to_base(model_folder, adapter, out):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     for file in files:
-        tensors = safetensors.torch.load_file(file)
+        tensors = load_file(file)
         for name in [k for k in adapter if f'{k}.weight' in tensors]:
             w, (A, B, scale) = tensors[f'{name}.weight'], adapter[name]
-            if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise BadInput(f'{file}: {name} is stored as {w.dtype}; a quantised base cannot take a delta')
+            need(w.dtype in (torch.float32, torch.bfloat16, torch.float16),
+                 f'{file}: {name} is stored as {w.dtype}; a quantised base cannot take a delta')
             delta = scale * B.flatten(1).float() @ A.flatten(1).float()
             tensors[f'{name}.weight'] = (w.float() + delta.reshape(w.shape)).to(w.dtype)
         name = file.name if len(files) > 1 else 'diffusion_pytorch_model.safetensors'
-        _write(tmp / name, safetensors.torch.save(tensors, {'format': 'pt'}))
+        save_file(tensors, tmp / name, {'format': 'pt'})
     for file in part.glob('*.json'):
-        _write(tmp / file.name, file.read_bytes())
+        shutil.copy(file, tmp)
     os.rename(tmp, out)  # a crash before this line leaves no half model under the name asked for
 
 
 def main(argv):
     c = configure(SETTINGS, argv)
     paths = [p.strip() for p in c.adapters.split(',') if p.strip()]
-    if not paths or not c.out or c.rank < 0:
-        raise BadInput('give --adapters=a,b and --out=folder, and no negative rank (--help lists all)')
+    need(paths and c.out and c.rank >= 0,
+         'give --adapters=a,b and --out=folder, and no negative rank (--help lists all)')
     try:
         shares = [float(w) for w in c.weights.split(',')] if c.weights else [1 / len(paths)] * len(paths)
     except ValueError as e:
         raise BadInput(f'--weights={c.weights}: should be numbers with commas between') from e
-    if len(shares) != len(paths) or not all(map(math.isfinite, shares)):
-        raise BadInput(f'{len(paths)} adapters, so as many finite weights, not {c.weights}')
+    need(len(shares) == len(paths) and all(map(math.isfinite, shares)),
+         f'{len(paths)} adapters, so as many finite weights, not {c.weights}')
     _check_new(c.out)
     base = c.into_base or c.model
     shapes = model_shapes(base) if base else None
     read = [read_adapter(p) for p in paths]
     if base:
         read = [fit(a, shapes, p) for a, p in zip(read, paths)]
-    elif kohya := [p for p, a in zip(paths, read) if any(k.startswith(KOHYA) for k in a)]:
-        raise BadInput(f'kohya names have lost their dots, give --model=folder of the base for {some(kohya)}')
+    refuse('kohya names have lost their dots, give --model=folder of the base for',
+           [p for p, a in zip(paths, read) if any(k.startswith(KOHYA) for k in a)])
 
     exact = merge(read, shares)
     merged = merge(read, shares, c.rank) if c.rank else exact

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from configurator import BadInput
+from configurator import BadInput, need
 from files import load_function as from_file
 
 BATCH = 16
@@ -71,8 +71,8 @@ def clip_model(name, processor, device):
     except (OSError, ValueError) as e:
         raise BadInput(f'the CLIP model {name}, or its processor {processor}, does not load. Fetch both with '
                        f'`hf download`, or name local folders: clip@/disk/model@/disk/processor. {e}') from e
-    if info['missing_keys']:  # transformers would fill these with random numbers
-        raise BadInput(f'{name} is not a whole CLIP model; it lacks {sorted(info["missing_keys"])[:3]}')
+    need(not info['missing_keys'],  # transformers would fill these with random numbers
+         f'{name} is not a whole CLIP model; it lacks {sorted(info["missing_keys"])[:3]}')
     return model.float().to(device).eval().requires_grad_(False), text, pixels
 
 
@@ -111,8 +111,7 @@ def pickscore(device, name=PICKSCORE, processor=CLIP_H):
 
 def aesthetic(device, weights='', name=CLIP_L):
     from safetensors.torch import load_file
-    if not weights.endswith('.safetensors'):
-        raise BadInput(CONVERT)
+    need(weights.endswith('.safetensors'), CONVERT)
     n, gap = [768, 1024, 128, 64, 16, 1], torch.nn.Identity()  # where the published model has a dropout
     a, b, c, d, e = [torch.nn.Linear(*ends) for ends in zip(n, n[1:])]
     head = torch.nn.Sequential(a, gap, b, gap, c, gap, d, e)   # and linear all through, as published
@@ -131,14 +130,6 @@ def aesthetic(device, weights='', name=CLIP_L):
 
 
 # ---------------------------------------------------------------------------------------------- your own
-
-def known(name, names, what):
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        raise BadInput(f'no {what} is called {name!r}' + (f', did you mean {near[0]}?' if near else '')
-                       + f' There are: {", ".join(names)}')
-    return name
-
 
 def remote(url, timeout=60, tries=3, wait=1.0):
     """A reward behind a POST. Sent: {"prompts": [...], "images": [base64 of a PNG, ...], "rows": [...]}, rows
@@ -168,12 +159,11 @@ def remote(url, timeout=60, tries=3, wait=1.0):
     return reward
 
 
-def shapes(device):
-    score = from_file(f'{WORLD}:score')
-    return lambda images, rows: [s['right'] for s in score(images, rows)]
+def shapes(images, rows):
+    return [s['right'] for s in from_file(f'{WORLD}:score')(images, rows)]
 
 
-BUILT_IN = {'shapes': shapes, 'shapes_smooth': lambda device: from_file(f'{WORLD}:reward'),
+BUILT_IN = {'shapes': lambda device: shapes, 'shapes_smooth': lambda device: from_file(f'{WORLD}:reward'),
             'jpeg': lambda device: jpeg, 'incompressible': lambda device: incompressible}
 MODELS = {'clip': clip, 'pickscore': pickscore, 'aesthetic': aesthetic}
 
@@ -184,9 +174,12 @@ def check(name):
         from_file(name)
     elif not name.startswith(('http://', 'https://')):
         kind, *where = name.split('@')
-        known(kind, [*BUILT_IN, *MODELS, 'http://...', 'file.py:function'], 'reward')
-        if len(where) > 2 * (kind in MODELS):
-            raise BadInput(f'{name}: {kind} takes {"at most two @" if kind in MODELS else "no @"}')
+        near = difflib.get_close_matches(kind, BUILT_IN | MODELS, 1)
+        need(kind in BUILT_IN | MODELS,
+             f'no reward is called {kind!r}' + (f', did you mean {near[0]}?' if near else '') +
+             f' There are: {", ".join(BUILT_IN | MODELS)}, http://..., file.py:function')
+        need(len(where) <= 2 * (kind in MODELS),
+             f'{name}: {kind} takes {"at most two @" if kind in MODELS else "no @"}')
 
 
 def load(name, device='cpu', **options):
@@ -194,8 +187,7 @@ def load(name, device='cpu', **options):
     check(name)
     if name.startswith(('http://', 'https://')):
         return remote(name, **options)
-    if options:
-        raise BadInput(f'{name}: only a server takes {", ".join(options)}')
+    need(not options, f'{name}: only a server takes {", ".join(options)}')
     if '.py' in name:
         return from_file(name)
     kind, *where = name.split('@')

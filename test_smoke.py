@@ -2134,7 +2134,7 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     'keys that are no LoRA factors.*transformer.proj_out.diff': lambda w: dict(
         teachers=[dict(name='one', lora=broken_adapter(w.at / 'surplus', 'surplus'))]),
     'cut.*damaged': lambda w: dict(teachers=[dict(name='one', lora=broken_adapter(w.at / 'cut', 'cut'))]),
-    'values that are not finite in .*proj_out.lora_A': lambda w: dict(
+    'values that are not finite in: .*proj_out.lora_A': lambda w: dict(
         teachers=[dict(name='one', lora=broken_adapter(w.at / 'nan', 'nan'))]),
     'anchor_beta is set but there is no anchor': lambda w: dict(anchor_beta=0.04),
     "anchor: no teacher is called 'three'": lambda w: dict(anchor='three', anchor_beta=0.04),

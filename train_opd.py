@@ -179,19 +179,19 @@ def col(sigma):
 
 class Field:
     """What the families share: a pipeline's denoiser, VAE and scheduler."""
-    can_edit, patch, prefix, listed = False, 2, 'transformer', True
+    patch, prefix, listed = 2, 'transformer', True
 
     def __init__(self, pipe, device='cpu', max_sequence_length=256, distilled_guidance=3.5):
         self.pipe, self.device, self.net = pipe, torch.device(device), getattr(pipe, self.prefix)
         self.vae, self.max_length, self.distilled_guidance = pipe.vae, max_sequence_length, distilled_guidance
         self.factor, self.dtype = 2 ** (len(self.vae.config.block_out_channels) - 1), self.net.dtype
+        self.can_edit = type(pipe).__name__ in EDITORS
         for m in (self.net, self.vae, *self.encoders().values()):
             m.requires_grad_(False).eval()
         self.net.to(self.device), self.vae.to(self.device)
 
     def encoders(self):
-        parts = self.pipe.components.items()
-        return {k: m for k, m in parts if k.startswith('text_encoder') and m is not None}
+        return {k: m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m}
 
     def shape(self, height, width):
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
@@ -232,12 +232,6 @@ class Field:
         with torch.autocast(self.device.type, low, enabled=self.dtype != torch.float32):
             return self.forward(z, sigma.float(), cond).float()
 
-    def blocks(self):
-        """The parts of the network that repeat, to be compiled one by one."""
-        names = getattr(self.net, '_repeated_blocks', None)
-        some = (m for m in self.net.modules() if type(m).__name__ in names)
-        return list(some) if names else self.net.transformer_blocks
-
     def stack(self, cond, key):
         return torch.stack([c[key] for c in cond]).to(self.device, self.dtype)
 
@@ -245,7 +239,7 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a diptych);
     a transformer with twice as many input as output channels gets it as channels instead."""
-    can_edit, listed = True, False                                     # no list: sigma_min is shifted twice
+    listed = False                                                     # no list: sigma_min is shifted twice
     targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',
                                      'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')]
 
@@ -278,7 +272,6 @@ class ZImage(Field):
 
     def __init__(self, pipe, *a, **k):
         super().__init__(pipe, *a, **k)
-        self.can_edit = hasattr(pipe, 'siglip')
         if self.can_edit:
             pipe.siglip.requires_grad_(False).eval().to(self.device)
 
@@ -312,10 +305,6 @@ class Flux(Field):
     """FLUX.1 dev, schnell, and Kontext (editing: the source's tokens follow the target's, first id 1)."""
     targets = SD3.targets + ['ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj', 'ff_context.net.2']
 
-    def __init__(self, pipe, *a, **k):
-        super().__init__(pipe, *a, **k)
-        self.can_edit = 'Kontext' in type(pipe).__name__
-
     def encode(self, prompts, edit=False):
         e, pooled, _ = self.pipe.encode_prompt(list(prompts), None, device=self.device,
                                                max_sequence_length=self.max_length)
@@ -324,10 +313,9 @@ class Flux(Field):
     def tokens(self, z, first):
         """(B, C, H, W) -> (B, HW/4, 4C) by 2 x 2 patches, and their ids (first, row, column)."""
         b, c, h, w = z.shape
-        rows, cols = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing='ij')
-        ids = torch.stack([torch.full_like(rows, first), rows, cols], -1).view(-1, 3)
-        ids = ids.to(z.device, self.dtype)
-        return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c), ids
+        ids = torch.cartesian_prod(torch.tensor([first]), torch.arange(h // 2), torch.arange(w // 2))
+        x = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+        return x, ids.to(z.device, self.dtype)
 
     def forward(self, z, sigma, cond):
         (b, c, h, w), (x, ids), text = z.shape, self.tokens(z, 0), self.stack(cond, 'text')
@@ -407,16 +395,12 @@ FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniP
 EDITORS = 'StableDiffusion3Pipeline', 'ZImageOmniPipeline', 'FluxKontextPipeline'
 
 
-def known(name, path):
-    need(name in FAMILIES, f'{path}: {name} is not a family known here; known are: {", ".join(FAMILIES)}')
-
-
 def peek(path, family=''):
     """What is known without weights: (pipeline's name, {component: config}); of a hub id the name given."""
     configs = model_configs(path)
     name = family or configs.get('index', {}).get('_class_name', '')
-    if name:
-        known(name, path)
+    need(not name or name in FAMILIES,
+         f'{path}: {name} is not a family known here; known are: {", ".join(FAMILIES)}')
     return name, configs
 
 
@@ -446,8 +430,7 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
     diffusers.utils.logging.set_verbosity_error(), diffusers.utils.logging.disable_progress_bar()
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
-        name = name or index['_class_name']
-        known(name, path)
+        name, _ = peek(path, name or index['_class_name'])     # of a hub id it is known only now
         skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index}
         pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype, **skip)
     except BadInput:
@@ -513,10 +496,9 @@ class Models:
 
     def fit(self, adapter, what):
         """An adapter's tensors under this net's names; all must land."""
-        net = self.field.net.named_modules()
-        layers = [(k.removesuffix('.base_layer'), m) for k, m in net if 'lora_' not in k]
-        kinds = torch.nn.Linear, torch.nn.Conv2d
-        shapes = {k: tuple(m.weight.shape) for k, m in layers if isinstance(m, kinds)}
+        shapes = {k.removesuffix('.base_layer'): tuple(m.weight.shape)
+                  for k, m in self.field.net.named_modules()
+                  if 'lora_' not in k and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
         return merge_lora.fit(adapter, shapes, what)
 
     def load_full(self, path):
@@ -566,9 +548,8 @@ class Student:
 
     def __init__(self, net, rank, alpha, targets, seed=0, init=None, betas=(0.9, 0.99), weight_decay=0.0):
         torch.manual_seed(seed)
-        linear = [k for k, m in net.named_modules()
-                  if isinstance(getattr(m, 'base_layer', m), torch.nn.Linear) and 'lora_' not in k
-                  and not k.endswith('.base_layer')]
+        linear = [k.removesuffix('.base_layer') for k, m in net.named_modules()
+                  if 'lora_' not in k and isinstance(m, torch.nn.Linear)]
         hit = lambda k, t: k == t or k.endswith('.' + t)
         lost = [t for t in targets if not any(hit(k, t) for k in linear)]
         need(not lost, f'lora_targets: no linear layer of the model is called {", ".join(lost[:5])}')
@@ -618,8 +599,7 @@ class Student:
             scale, at = min(1.0, clip / (norm + 1e-6)) if clip else 1.0, 0
             for p in self.params.values():
                 p.grad, at = flat[at:at + p.numel()].view_as(p).mul(scale), at + p.numel()
-            for group in self.optimizer.param_groups:
-                group['lr'] = lr
+            self.optimizer.param_groups[0]['lr'] = lr
             self.optimizer.step()
             if ema_decay and ema_now:
                 for n, p in self.params.items():
@@ -651,10 +631,9 @@ class Student:
              'settings make: rank, lora_targets and model must be those of its meta.json')
         for n, p in self.params.items():
             p.data.copy_(state['student'][n])
-        if state['ema'] and self.ema:                          # an average that is new starts from here
-            self.ema = {n: x.to(self.params[n].device) for n, x in state['ema'].items()}
-        elif self.ema:
-            self.ema = self.tensors()
+        if self.ema:                                           # an average that is new starts from here
+            ema = state['ema'] or self.tensors()
+            self.ema = {n: x.to(self.params[n].device) for n, x in ema.items()}
         self.optimizer.load_state_dict(state['optimizer'])
 
 
@@ -791,12 +770,8 @@ def sample(velocity, z, sigmas, eta=0.0, kind='flow', generators=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Losses: one number a sample each. Every one is a weighted velocity error; the weight is the method.
-
-def danceopd_loss(v, v_target):
-    """DanceOPD (2606.27377): |v_s - v_t|^2 at K states of the student's own rollout."""
-    return velocity_error(v, v_target)
-
+# Losses: one number a sample each. Every one is a weighted velocity error; the weight is the method: 1 for
+# DanceOPD (2606.27377), which learns from K states of the student's own rollout
 
 def diffusionopd_loss(v, v_target, sigma, sigma_next, eta=0.0, kind='flow', var='true'):
     """DiffusionOPD (2605.15055): KL(student's step || teacher's step), at every state."""
@@ -880,16 +855,18 @@ def own_settings(settings, argv):
     return c
 
 
-def check_settings(c, choices, least):
-    """Values that are one of a few, and numbers that are at least, or more than, a bound."""
-    for key, known_values in choices.items():
-        need(getattr(c, key) in known_values,
-             f'{key}: {getattr(c, key)!r} is not one of {", ".join(map(repr, known_values))}')
-    for bound, names in least.items():
-        for k in names.split():
-            x, above = getattr(c, k), bound == 'above 0'
-            need(x > 0 if above else x >= int(bound),
-                 f'{k} must be {"more than 0" if above else f"at least {bound}"}, not {x}')
+def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
+    """Some values are one of a few; integers are at least 1, floats at least 0, but for those named here."""
+    choices = dict(choices, sde=('flow', 'dance', 'cps'), lr_schedule=('constant', 'cosine'),
+                   dtype=('auto', 'float32', 'bfloat16'))              # float16 has not the range
+    for k, known in choices.items():
+        need(getattr(c, k) in known, f'{k}: {getattr(c, k)!r} is not one of {", ".join(map(repr, known))}')
+    for k, x in vars(c).items():
+        if k in above.split():
+            need(x > 0, f'{k} must be more than 0, not {x}')
+        elif type(x) in (int, float) and k != 'seed':
+            least = int(type(x) is int and k not in ('drop_last', 'warmup', 'score_samples', 'best_of'))
+            need(x >= least, f'{k} must be at least {least}, not {x}')
     need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
     need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: a number, or [height, width]')
@@ -899,18 +876,17 @@ def check_settings(c, choices, least):
 
 def check_data(c, labels, need_target=False):
     """Training and held-out buckets, every picture looked at; can the model take this size and sources?"""
-    height, width = (c.resolution, c.resolution) if isinstance(c.resolution, int) else c.resolution
+    size = (c.resolution, c.resolution) if isinstance(c.resolution, int) else tuple(c.resolution)
     buckets, held = open_buckets(c.data, c.eval_data, labels, need_target)
     editing, (family, configs) = any(b.sources for b in buckets.values()), peek(c.model, c.family)
-    check_size(family, configs, height, width, editing)
-    return SimpleNamespace(height=height, width=width, family=family, buckets=buckets, editing=editing,
-                           labels=list(buckets), held=held)
+    check_size(family, configs, *size, editing)
+    return SimpleNamespace(size=size, family=family, buckets=buckets, held=held, editing=editing)
 
 
 class Run:
     """Models, words, log, checkpoints and loop of one run folder."""
 
-    def __init__(self, c, d, teachers=(), init=lambda models: None, plan=None, eval_rows=0):
+    def __init__(self, c, d, plan, eval_rows, teachers=(), merged=None):
         self.c, self.d, self.out, self.plan, self.notes, self.extra = c, d, Path(c.out_dir), plan, [], {}
         self.skipped, self.bad, self.stop, self.step, self.t0 = 0, '?', 0, 0, time.time()
         self.first, self.state, self.world = 0, [], launch(c.device, c.tf32)
@@ -930,9 +906,9 @@ class Run:
         low = 'bfloat16' if world.device.type == 'cuda' else 'float32'
         self.field = field = open_field(c.model, getattr(torch, low if c.dtype == 'auto' else c.dtype),
                                         world.device, c.family, c.max_sequence_length, c.distilled_guidance)
-        check_size(type(field.pipe).__name__,
-                   dict(vae=dict(field.vae.config), transformer=dict(field.net.config)), d.height, d.width,
-                   d.editing)                                  # again: a hub id's configs are known only now
+        configs = dict(vae=dict(field.vae.config), transformer=dict(field.net.config))
+        check_size(type(field.pipe).__name__, configs, *d.size, d.editing)  # a hub id's are known only now
+        self.sigmas = field.sigmas(c.steps, *d.size).to(world.device)
         self.models = Models(field, teachers, getattr(c, 'teacher_offload', False))
         if last:                                                       # where the run began is a file of it
             old = json.loads((last / 'meta.json').read_text())
@@ -940,7 +916,7 @@ class Run:
             self.first, self.state = old['step'], old['state']
             start = merge_lora.read_adapter(self.out / 'start')
         elif c.init_from in ('base', 'merge'):
-            start = init(self.models)
+            start = merged(self.models) if c.init_from == 'merge' else None
         else:
             start = self.models.fit(merge_lora.read_adapter(c.init_from), 'init_from')
         targets = c.lora_targets or (sorted(start) if start else field.targets)
@@ -958,8 +934,8 @@ class Run:
             field.net.enable_gradient_checkpointing()
         if c.compile:
             torch._dynamo.config.recompile_limit = 64          # a graph for each adapter and gradient mode
-            for block in field.blocks():
-                block.compile(fullgraph=True)
+            field.net._repeated_blocks = field.net._repeated_blocks or ['JointTransformerBlock']  # SD3's
+            field.net.compile_repeated_blocks(fullgraph=True)
 
         pick = lambda k, b: rng(c.seed, 'eval', k).sample(range(len(b)), min(len(b), eval_rows))
         self.eval_rows = {k: [b[i] for i in pick(k, b)] for k, b in d.held.items()}
@@ -985,14 +961,13 @@ class Run:
         signal.signal(signal.SIGTERM, lambda *a: setattr(self, 'stop', max(self.stop, 1)))
 
     def picture(self, path):
-        return load_image(path, self.d.height, self.d.width) / 2 + 0.5 if path else None
+        return load_image(path, *self.d.size) / 2 + 0.5 if path else None
 
     def mine(self, step, routes, per_step='sample', cycle=(), same_noise=False):
         """This process's samples of a step, whole groups, with their row and random streams: `noise` for the
         start, `draws` for what follows."""
         c, buckets = self.c, [self.d.buckets[r['data']] for r in routes]
-        sizes = [len(b) for b in buckets]
-        todo = plan(step, c.seed, routes, sizes, c.batch_size, per_step, cycle, c.group_size)
+        todo = plan(step, c.seed, routes, [*map(len, buckets)], c.batch_size, per_step, cycle, c.group_size)
         todo = [s for s in todo if s.group % self.world.size == self.world.rank]
         for s in todo:
             s.data, s.label = buckets[s.route][s.row], routes[s.route]['data']
@@ -1000,15 +975,12 @@ class Run:
             s.draws = torch_rng(c.seed, step, s.number, 'draws')
         return todo
 
-    def chunks(self, todo, size):
-        """Samples that can share a forward: with a source picture, or without."""
+    def chunks(self, todo, times=1):
+        """Samples that can share a forward, with a source picture or without; groups stay whole."""
+        size = max(1, times * self.c.micro_batch // self.c.group_size) * self.c.group_size
         for has_source in (False, True):
             some = [s for s in todo if bool(s.data['source_image']) == has_source]
             yield from (some[i:i + size] for i in range(0, len(some), size))
-
-    def group_chunks(self, todo):
-        """The same, with whole groups: those are compared with each other."""
-        return self.chunks(todo, max(1, self.c.micro_batch // self.c.group_size) * self.c.group_size)
 
     def parts(self, todo):
         """A rollout's groups, dealt to the optimizer steps that it is used for."""
@@ -1016,30 +988,33 @@ class Run:
         return [[s for s in todo if s.group // self.world.size % n == u] for u in range(n)]
 
     def begin(self, todo, n, guidance=1.0, who='student'):
-        """A chunk's words and sources, its state at sigmas[0], and a model as a function for rollout."""
-        cond, empty = self.prompts.conditions([s.data for s in todo], self.d.height, self.d.width)
+        """Gives samples their words and sources. Their states at sigmas[0], and a model to roll them out."""
+        for s, cond, empty in zip(todo, *self.prompts.conditions([s.data for s in todo], *self.d.size)):
+            s.cond, s.empty = cond, empty
+        return (self.field.start(self.noise(todo), n, *self.d.size),
+                lambda z, s, alive: self.velocity(who, [todo[j] for j in alive], z, s, guidance))
 
-        def velocity(z, s, alive):
-            return self.models.velocity(who, z, s, [cond[j] for j in alive], [empty[j] for j in alive],
-                                        guidance)
-        return cond, empty, self.field.start(self.noise(todo), n, self.d.height, self.d.width), velocity
+    def velocity(self, who, todo, z, sigma, guidance=1.0):
+        return self.models.velocity(who, z, sigma, [s.cond for s in todo], [s.empty for s in todo], guidance)
 
     def noise(self, todo):
-        shape = self.field.shape(self.d.height, self.d.width)
+        shape = self.field.shape(*self.d.size)
         return torch.stack([torch.randn(shape, generator=s.noise) for s in todo]).to(self.world.device)
 
+    def walk(self, todo, last, guidance, velocity=None):
+        """The student's rollout of samples, each to its last step number; or that of another velocity."""
+        z, own = self.begin(todo, self.c.steps, guidance)
+        return rollout(velocity or own, z, self.sigmas, last, self.c.eta, self.c.sde, [s.draws for s in todo])
+
     @torch.no_grad()
-    def trajectory(self, todo, sigmas, n, eta, kind, guidance):
+    def trajectory(self, todo, n, guidance):
         """n steps of a stochastic rollout, kept for policy gradients: states, velocities, log p."""
-        cond, empty, z, velocity = self.begin(todo, len(sigmas) - 1, guidance)
-        t = SimpleNamespace(todo=todo, cond=cond, empty=empty, sigmas=sigmas, eta=eta, kind=kind,
-                            guidance=guidance, z=[], v=[])
-        walk = rollout(velocity, z, sigmas, [n] * len(todo), eta, kind, [s.draws for s in todo])
-        i, alive, z = next(walk)
-        while i < n:
-            t.z.append(z), t.v.append(velocity(z, sigmas[i].expand(len(z)), alive))
-            i, alive, z = walk.send(t.v[-1])
-        t.z, t.v = torch.stack(t.z + [z]), torch.stack(t.v)
+        t, walk = SimpleNamespace(todo=todo, guidance=guidance), self.walk(todo, [n] * len(todo), guidance)
+        states, velocities = [next(walk)[2]], []
+        for s in self.sigmas[:n]:
+            velocities.append(self.velocity('student', todo, states[-1], s.expand(len(todo)), guidance))
+            states.append(walk.send(velocities[-1])[2])
+        t.z, t.v = torch.stack(states), torch.stack(velocities)
         t.logp = torch.stack([self.policy(t, i, t.v[i])[1] for i in range(n)])
         return t
 
@@ -1048,21 +1023,20 @@ class Run:
         of what was drawn there, and the state and sigmas it is about."""
         b = torch.arange(len(t.todo))
         i = torch.as_tensor(i).expand(len(b))
-        z, s, s_next = t.z[i, b], t.sigmas[i], t.sigmas[i + 1]
+        z, s, s_next = t.z[i, b], self.sigmas[i], self.sigmas[i + 1]
         if v is None:
-            v = self.models.velocity('student', z, s, t.cond, t.empty, t.guidance)
-        mean, std = transition(z, v, col(s), col(s_next), t.eta, t.kind)
+            v = self.velocity('student', t.todo, z, s, t.guidance)
+        mean, std = transition(z, v, col(s), col(s_next), self.c.eta, self.c.sde)
         return v, log_prob(t.z[i + 1, b], mean, std), z, s, s_next
 
     def render(self, who, label, rows, n, guidance=1.0, tensors=None):
         """Pictures of rows from noise that is the same every time, each process a share of them."""
-        d, c, done = self.d, self.c, []
-        sigmas = self.field.sigmas(n, d.height, d.width).to(self.world.device)
-        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(c.seed, 'eval', label, i))
+        sigmas, done = self.field.sigmas(n, *self.d.size).to(self.world.device), []
+        todo = [SimpleNamespace(number=i, data=r, noise=torch_rng(self.c.seed, 'eval', label, i))
                 for i, r in enumerate(rows)]
-        for some in self.chunks(todo[self.world.rank::self.world.size], c.micro_batch * 4):
+        for some in self.chunks(todo[self.world.rank::self.world.size], times=4):
             with torch.no_grad(), self.student.wearing(tensors):
-                _, _, z, velocity = self.begin(some, n, guidance, who)
+                z, velocity = self.begin(some, n, guidance, who)
                 done += zip([s.number for s in some], self.field.decode(sample(velocity, z, sigmas)).cpu())
         return torch.stack([x for _, x in sorted(gather(self.world, done), key=lambda p: p[0])])
 
@@ -1070,7 +1044,8 @@ class Run:
         """For the log: numbers of each sample; where one is not finite, route and sigma are remembered."""
         for j, s in enumerate(todo):
             one = {k: float(v[j]) for k, v in numbers.items()}
-            self.notes.append((s.label, one))
+            by_route = {f'train_{k}/{s.label}': x for k, x in one.items() if k in ('gap', 'reward')}
+            self.notes.append(one | by_route)
             if not all(map(math.isfinite, one.values())):
                 self.bad = f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
 
@@ -1089,10 +1064,6 @@ class Run:
         known = self.log.history if self.world.rank == 0 else ()
         old = next((e for e in known if all(prefix + k in e for k in now)), {})
         return {k: old.get(prefix + k, v) for k, v in now.items()}
-
-    def record(self, entry):
-        if self.world.rank == 0:
-            self.log.add(entry)
 
     def save(self, step):
         if self.world.rank == 0:
@@ -1123,24 +1094,20 @@ class Run:
 
     def report(self, done, bar):
         """One line, and an entry of log.jsonl: means of what was noted since the last, gaps by route."""
-        notes, self.notes, mean = gather(self.world, self.notes), [], lambda x: sum(x) / len(x)
+        notes, self.notes = gather(self.world, self.notes), []
         gpu, dt = self.world.device.type == 'cuda', time.time() - self.t0
         memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
         entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(done - 1, self.c), skipped=self.skipped,
                      seconds=round(dt, 1), memory_gb=round(memory, 2), **self.extra)
-        for k in sorted({k for _, n in notes for k in n}):
-            entry[k] = (max if k == 'ratio_off' else mean)([n[k] for _, n in notes if k in n])
-        for what, r in itertools.product(('gap', 'reward'), sorted({q for q, _ in notes})):
-            if some := [n[what] for q, n in notes if q == r and what in n]:
-                entry[f'train_{what}/{r}'] = mean(some)
-        self.record(entry)
-        show = {k: f'{entry[k]:.4g}' for k in 'loss gap reward kl sigma ratio_off'.split() if k in entry}
-        bar.set_postfix(**show, route=notes[-1][0] if notes else '', GB=f'{memory:.1f}')
+        for k in sorted({k for n in notes for k in n}):
+            some = [n[k] for n in notes if k in n]
+            entry[k] = max(some) if k == 'ratio_off' else sum(some) / len(some)
         if self.world.rank == 0:
-            routes = [f'{k.split("/", 1)[1]} {x:.3f}' for k, x in entry.items() if k.startswith('train_')]
-            bar.write('  '.join([f'step {done:6d}', *(f'{k} {v}' for k, v in show.items()),
-                                 f'|grad| {self.norm:.3g}', *routes,
-                                 f'{dt / max(1, done - self.first):.2f} s/step', f'{memory:.1f} GB']))
+            self.log.add(entry)
+            shown = 'loss gap reward kl sigma ratio_off grad_norm'.split()
+            line = [f'{k} {v:.4g}' for k, v in entry.items() if k in shown or k.startswith('train_')]
+            bar.write('  '.join([f'step {done:6d}', *line, f'{dt / max(1, done - self.first):.2f} s/step',
+                                 f'{memory:.1f} GB']))
 
     def end(self, result, curves, name='route'):
         """The result, as a file and for people, and the curves of the log as a picture."""
@@ -1157,18 +1124,10 @@ class Run:
 
 def check(c):
     """Everything that can be known before weights are loaded."""
-    check_settings(c,
-                   dict(method=('danceopd', 'diffusionopd', 'flowopd'), sde=('flow', 'dance', 'cps'),
-                        query_space=('index', 'sigma'), query=('low', 'mid', 'high', 'uniform', 'stratified'),
-                        kl_var=('true', 'code'), mixing=('hard', 'soft'), reward=('k1', 'code', 'paper'),
-                        states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'),
-                        lr_schedule=('constant', 'cosine'), dtype=('auto', 'float32', 'bfloat16')),  # float16: no range
-                   {'1': 'max_steps batch_size micro_batch rank steps queries group_size updates '
-                         'sample_steps encode_every save_every eval_every log_every ckpt_keep eval_samples '
-                         'max_bad_steps ema_every show',
-                    '0': 'drop_last eta weight_decay grad_clip ema_decay anchor_beta warmup cache_gb '
-                         'score_samples',
-                    'above 0': 'lr alpha clip_range adv_clip'})
+    check_settings(c, dict(method=('danceopd', 'diffusionopd', 'flowopd'), query_space=('index', 'sigma'),
+                           query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'),
+                           mixing=('hard', 'soft'), reward=('k1', 'code', 'paper'),
+                           states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample')))
     flow, dance, G, B = c.method == 'flowopd', c.method == 'danceopd', c.group_size, c.batch_size
     need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps')
     need(not flow or G > 1, 'group_size = 1: Flow-OPD compares a prompt\'s samples; at least 2 (paper: 16)')
@@ -1251,7 +1210,7 @@ def derived(c, d):
     else:
         shared = c.method == 'diffusionopd' and c.rollout_guidance == c.student_guidance
         forwards = n * (teacher + learn + (0 if shared else roll))
-    yield 'model', f'{c.model} ({d.family or "family unknown until fetched"}), {d.height} x {d.width} pixels'
+    yield 'model', f'{c.model} ({d.family or "family unknown until fetched"}), {"%d x %d" % d.size} pixels'
     sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
     yield 'method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'
     yield 'samples a step', f'{size}' + f' in groups of {c.group_size}' * (c.group_size > 1) + \
@@ -1271,7 +1230,7 @@ def main(argv):
         print(f'{name:22s} {text}')
     if c.dry_run:
         return print('dry run: settings and data are fine')
-    by_name, labels = {t['name']: t for t in c.teachers}, d.labels
+    by_name, labels = {t['name']: t for t in c.teachers}, list(d.buckets)
     teacher_of = {r['data']: r['teacher'] for r in c.routes}
 
     def plan_at(run, step):
@@ -1279,114 +1238,102 @@ def main(argv):
         todo = run.mine(step, c.routes, c.routes_per_step, c.cycle)
         for s in todo:
             s.teacher, r = teacher_of[s.label], rng(c.seed, step, s.number, 'query')
-            s.queries = draw_indices(r, c.queries, sigmas, c.query, c.query_space, s.slot, s.of)
+            s.queries = draw_indices(r, c.queries, run.sigmas, c.query, c.query_space, s.slot, s.of)
         return todo
 
     def merged(models):
         """init_from = 'merge': the mean of the teachers' deltas by route weight (the base's is nothing)."""
-        if c.init_from == 'base':
-            return None
-        weights = {}
-        for r in c.routes:
-            if by_name[r['teacher']].get('lora'):
-                weights[r['teacher']] = weights.get(r['teacher'], 0.0) + r.get('weight', 1.0)
-        parts = [models.fit(merge_lora.read_adapter(by_name[n]['lora']), n) for n in weights]
-        return merge_lora.merge(parts, [w / sum(weights.values()) for w in weights.values()])
+        some = [r for r in c.routes if by_name[r['teacher']].get('lora')]
+        weights = [r.get('weight', 1.0) for r in some]
+        parts = [models.fit(merge_lora.read_adapter(by_name[r['teacher']]['lora']), r['teacher'])
+                 for r in some]
+        return merge_lora.merge(parts, [w / sum(weights) for w in weights])
 
-    run = Run(c, d, c.teachers, merged, plan_at,
-              max(c.eval_samples, c.show, c.score_samples if c.score else 0))
-    models, student = run.models, run.student
-    sigmas = run.field.sigmas(c.steps, d.height, d.width).to(run.world.device)
+    eval_rows = max(c.eval_samples, c.show, c.score_samples if c.score else 0)
+    run = Run(c, d, plan_at, eval_rows, c.teachers, merged)
+    student, sigmas = run.student, run.sigmas
     run.say(f'{"student":22s} rank {c.rank} on {len(student.names)} layers: '
             f'{sum(p.numel() for p in student.params.values()):,} numbers')
-    for name, size in models.cost.items():
+    for name, size in run.models.cost.items():
         run.say(f'{"teacher " + name:22s} {size / 1e9:.4f} GB')
 
-    def target(todo, z, s, cond, empty):
+    @torch.no_grad()
+    def target(todo, z, s):
         """The velocity that each sample's teacher would have had there; if mixed softly, the mean of all."""
-        def one(t, k):
-            return models.velocity(t['name'], z[k], s[k], [cond[i] for i in k], [empty[i] for i in k],
-                                   t.get('guidance', 1.0))
-        with torch.no_grad():
-            if c.mixing == 'soft':
-                w, k = [t.get('weight', 1.0) for t in c.teachers], list(range(len(todo)))
-                return sum(a * one(t, k) for a, t in zip(w, c.teachers)) / sum(w)
-            v = torch.empty_like(z)
-            for name in dict.fromkeys(x.teacher for x in todo):
-                k = [i for i, x in enumerate(todo) if x.teacher == name]
-                v[k] = one(by_name[name], k)
-            return v
+        v, soft = torch.zeros_like(z), c.mixing == 'soft'
+        total = sum(t.get('weight', 1.0) for t in c.teachers)
+        for t in c.teachers:
+            k = [i for i, x in enumerate(todo) if soft or x.teacher == t['name']]
+            if k:
+                one = run.velocity(t['name'], [todo[i] for i in k], z[k], s[k], t.get('guidance', 1.0))
+                v[k] += one * (t.get('weight', 1.0) / total if soft else 1)
+        return v
 
     for t in c.teachers:                                       # a teacher that does nothing is a mistake
         if t.get('lora') or t.get('checkpoint'):
             label = next((k for k, n in teacher_of.items() if n == t['name']), labels[0])
             row = SimpleNamespace(data=run.eval_rows[label][0], noise=torch_rng(0))
-            cond, empty, z, _ = run.begin([row], c.steps)
+            z, _ = run.begin([row], c.steps)
             with torch.no_grad():
-                same = torch.equal(*(models.velocity(w, z, sigmas[:1], cond) for w in (t['name'], 'base')))
+                same = torch.equal(*(run.velocity(w, [row], z, sigmas[:1]) for w in (t['name'], 'base')))
             need(not same, f'teacher {t["name"]!r} has the velocity of the base: its weights do nothing')
 
-    def backward(loss, v, z, s, cond, empty, share, held):
-        """The mean loss, and, held by an anchor (MAR), the same error `held(v, v_anchor)` to it."""
-        total = (share * loss).sum()
+    def backward(todo, loss, v, z, s, error, times=1.0):
+        """The mean loss, and, held by an anchor (MAR), the same error to it."""
         if c.anchor:
             with torch.no_grad():
-                v_anchor = models.velocity(c.anchor, z, s, cond, empty, c.student_guidance)
-            total = total + c.anchor_beta * (share * held(v, v_anchor)).sum()
-        total.backward()
+                v_anchor = run.velocity(c.anchor, todo, z, s, c.student_guidance)
+            loss = loss + c.anchor_beta * error(v, v_anchor)
+        share = torch.tensor([x.share for x in todo], device=z.device)
+        (times * share * loss).sum().backward()
 
-    def learn(todo, k, z, i, cond, empty, error):
-        """Teacher and student at states z with step numbers i: `error(v, v_target, i)` and backward."""
-        some, cond, empty = [todo[j] for j in k], [cond[j] for j in k], [empty[j] for j in k]
-        s, share = sigmas[i], torch.tensor([x.share for x in some], device=z.device)
-        v_t = target(some, z, s, cond, empty)
-        v = models.velocity('student', z, s, cond, empty, c.student_guidance)
-        loss = error(v, v_t, i)
-        backward(loss, v, z, s, cond, empty, share, lambda v, v_a: error(v, v_a, i))
-        run.note(some, loss=loss.detach(), sigma=s, gap=relative_gap(v.detach(), v_t))
+    def learn(todo, z, s, error):
+        """Teacher and student at states z of noise s: `error(v, v_target)` and backward."""
+        v_t, v = target(todo, z, s), run.velocity('student', todo, z, s, c.student_guidance)
+        loss = error(v, v_t)
+        backward(todo, loss, v, z, s, error)
+        run.note(todo, loss=loss.detach(), sigma=s, gap=relative_gap(v.detach(), v_t))
         return v.detach()
+
+    def visited(todo, velocity=None):
+        """What a rollout comes by at its samples' `queries`: (sample, step number, state)."""
+        walk = run.walk(todo, [s.queries[-1] for s in todo], c.rollout_guidance, velocity)
+        return [(todo[j], i, x) for i, alive, z in walk for j, x in zip(alive, z) if i in todo[j].queries]
+
+    def noised(todo):
+        """The same for states = 'data': noise added to the data's own pictures."""
+        run.begin(todo, c.steps)
+        x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], *d.size) for s in todo]))
+        eps = lambda s: torch.randn(x0[0].shape, generator=s.draws).to(x0.device)
+        return [(s, i, (1 - sigmas[i]) * x + sigmas[i] * eps(s)) for s, x in zip(todo, x0) for i in s.queries]
 
     def danceopd(todo):
         """K states of each rollout, of mixed sigma, learned together."""
-        cond, empty, z, velocity = run.begin(todo, c.steps, c.rollout_guidance)
-        if c.states == 'teacher':
-            def velocity(z, s, a):
-                return target([todo[j] for j in a], z, s, [cond[j] for j in a], [empty[j] for j in a])
-        if c.states == 'data':
-            x0 = torch.stack([load_image(s.data['target_image'], d.height, d.width) for s in todo])
-            with torch.no_grad():
-                x0 = run.field.encode_image(x0)
-            eps = lambda s: torch.randn(z[0].shape, generator=s.draws).to(z.device)
-            found = [(j, i, (1 - sigmas[i]) * x0[j] + sigmas[i] * eps(s))
-                     for j, s in enumerate(todo) for i in s.queries]
-        else:
-            walk = rollout(velocity, z, sigmas, [s.queries[-1] for s in todo], c.eta, c.sde,
-                           [s.draws for s in todo])
-            found = [(j, i, x) for i, alive, zs in walk for j, x in zip(alive, zs) if i in todo[j].queries]
+        by_teacher = lambda z, s, alive: target([todo[j] for j in alive], z, s)
+        found = noised(todo) if c.states == 'data' else \
+            visited(todo, by_teacher if c.states == 'teacher' else None)
         for at in range(0, len(found), c.micro_batch):
-            j, i, x = zip(*found[at:at + c.micro_batch])
-            learn(todo, j, torch.stack(x), torch.tensor(i, device=z.device), cond, empty,
-                  lambda v, v_t, i: danceopd_loss(v, v_t) / c.queries)
+            some, i, z = zip(*found[at:at + c.micro_batch])
+            learn(some, torch.stack(z), sigmas[list(i)], lambda v, v_t: velocity_error(v, v_t) / c.queries)
 
     def diffusionopd(todo):
         """Every state, backward as it comes by: memory does not grow with the number of steps."""
-        cond, empty, z, velocity = run.begin(todo, c.steps, c.rollout_guidance)
-        n = c.steps - c.drop_last
-        walk = rollout(velocity, z, sigmas, [n] * len(todo), c.eta, c.sde, [s.draws for s in todo])
-        i, alive, z = next(walk)
+        n, shared = c.steps - c.drop_last, c.rollout_guidance == c.student_guidance
+        walk = run.walk(todo, [n] * len(todo), c.rollout_guidance)
+        i, _, z = next(walk)
         while i < n:
-            v = learn(todo, alive, z, torch.full((len(z),), i, device=z.device), cond, empty,
-                      lambda v, v_t, i: diffusionopd_loss(v, v_t, sigmas[i], sigmas[i + 1], c.eta, c.sde,
-                                                          c.kl_var) / n)
-            i, alive, z = walk.send(v if c.rollout_guidance == c.student_guidance else None)
+            s, s_next = sigmas[i].expand(len(z)), sigmas[i + 1].expand(len(z))
+            v = learn(todo, z, s, lambda v, v_t: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde,
+                                                                   c.kl_var) / n)
+            i, _, z = walk.send(v if shared else None)
 
     def flowopd(todo):
         """Policy gradient of the same KL, step by step, on trajectories drawn with the weights of before."""
         n = c.steps - c.drop_last
-        rolled = [[run.trajectory(x, sigmas, n, c.eta, c.sde, c.rollout_guidance)
-                   for x in run.group_chunks(part)] for part in run.parts(todo)]
+        rolled = [[run.trajectory(x, n, c.rollout_guidance) for x in run.chunks(part)]
+                  for part in run.parts(todo)]
         for t in itertools.chain(*rolled):
-            t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo)), t.cond, t.empty) for i in range(n)]
+            t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo))) for i in range(n)]
         for part in rolled:
             for t, i in itertools.product(part, range(n)):
                 v, logp, z, s, s_next = run.policy(t, i)
@@ -1397,8 +1344,7 @@ def main(argv):
                 reward = flowopd_reward(c.reward, logp_t, t.logp[i], drawn)
                 advantage = group_advantage(reward, c.group_size, c.adv_clip)
                 loss, ratio = flowopd_loss(logp, t.logp[i], kl, advantage, c.reward, c.clip_range, c.adv_clip)
-                share = torch.tensor([x.share for x in t.todo], device=z.device) * c.updates / n
-                backward(loss, v, z, s, t.cond, t.empty, share, error)
+                backward(t.todo, loss, v, z, s, error, c.updates / n)
                 off = (ratio - 1).abs()
                 run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]),
                          ratio_off=off, clipped=(off > c.clip_range).float())
@@ -1407,19 +1353,15 @@ def main(argv):
     def gap_of(label, tensors):
         """Mean relative gap to the teacher on held-out rows, at states spread evenly over its rollouts."""
         rows, gaps = run.eval_rows[label][:c.eval_samples], []
-        todo = [SimpleNamespace(data=r, teacher=teacher_of[label], index=i * c.steps // len(rows),
-                                noise=torch_rng(c.seed, 'gap', label, i)) for i, r in enumerate(rows)]
-        for some in run.chunks(todo[run.world.rank::run.world.size], c.micro_batch):
+        todo = [SimpleNamespace(data=r, teacher=teacher_of[label], queries=[i * c.steps // len(rows)],
+                                noise=g, draws=g)
+                for i, r in enumerate(rows) for g in [torch_rng(c.seed, 'gap', label, i)]]
+        for chunk in run.chunks(todo[run.world.rank::run.world.size]):
             with torch.no_grad(), student.wearing(tensors):
-                cond, empty, z, velocity = run.begin(some, c.steps, c.rollout_guidance)
-                walk = rollout(velocity, z, sigmas, [s.index for s in some], c.eta, c.sde,
-                               [s.noise for s in some])
-                found = [(x, j) for i, alive, z in walk for x, j in zip(z, alive) if some[j].index == i]
-                z, j = torch.stack([x for x, _ in found]), [j for _, j in found]
-                todo_, cond, empty = [some[k] for k in j], [cond[k] for k in j], [empty[k] for k in j]
-                s = sigmas[[x.index for x in todo_]]
-                v = models.velocity('student', z, s, cond, empty, c.student_guidance)
-                gaps += relative_gap(v, target(todo_, z, s, cond, empty)).tolist()
+                some, i, z = zip(*visited(chunk))
+                z, s = torch.stack(z), sigmas[list(i)]
+                v = run.velocity('student', some, z, s, c.student_guidance)
+                gaps += relative_gap(v, target(some, z, s)).tolist()
         gaps = gather(run.world, gaps)
         return sum(gaps) / len(gaps)
 
@@ -1427,23 +1369,20 @@ def main(argv):
         w = by_name[who].get('guidance', 1.0) if who in by_name else c.rollout_guidance
         return run.render(who, label, run.eval_rows[label][:n], c.sample_steps, w, tensors)
 
-    still = {}                                                         # pictures that do not change
+    still = {k: ([run.picture(r['source_image']) for r in run.eval_rows[k][:c.show]],  # they do not change
+                 pictures(teacher_of[k], k, c.show), pictures('student', k, c.show, run.start))
+             for k in labels}
 
     def evaluate(step):
         """Gap by route, and the picture: source, teacher, the student at the start, the student now."""
         gaps, lines, names = {k: gap_of(k, student.ema) for k in labels}, [], []
         for k in labels:
-            rows = run.eval_rows[k][:c.show]
-            if k not in still:
-                sources = [run.picture(x['source_image']) for x in rows]
-                still[k] = sources, pictures(teacher_of[k], k, c.show), \
-                    pictures('student', k, c.show, run.start)
             lines += zip(*still[k], pictures('student', k, c.show, student.ema))
-            names += [f'{k}: {x["prompt"]}' for x in rows]
+            names += [f'{k}: {x["prompt"]}' for x in run.eval_rows[k][:c.show]]
         if run.world.rank == 0:
             grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names,
                  ['source', 'teacher', 'student at start', 'student now'])
-        run.record(dict(step=step, **{f'gap/{k}': g for k, g in gaps.items()}))
+            run.log.add(dict(step=step, **{f'gap/{k}': g for k, g in gaps.items()}))
         return gaps
 
     before = run.at_start('gap/', evaluate(run.first))
@@ -1451,7 +1390,7 @@ def main(argv):
         if c.method == 'flowopd':
             flowopd(todo)
         else:
-            for some in run.chunks(todo, c.micro_batch):
+            for some in run.chunks(todo):
                 (danceopd if c.method == 'danceopd' else diffusionopd)(some)
             run.apply()
     after = evaluate(c.max_steps)

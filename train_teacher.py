@@ -137,15 +137,8 @@ def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
 # Training
 
 def check(c):
-    check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
-                           sde=('flow', 'dance', 'cps'), lr_schedule=('constant', 'cosine'),
-                           dtype=('auto', 'float32', 'bfloat16')),
-                   {'1': 'max_steps batch_size micro_batch rank steps group_size updates sample_steps '
-                    'encode_every save_every eval_every log_every ckpt_keep eval_samples max_bad_steps '
-                    'ema_every show buffer',
-                    '0': 'drop_last weight_decay grad_clip ema_decay warmup cache_gb kl_beta best_of '
-                    'prompt_dropout gamma', 'above 0': 'lr alpha clip_range adv_clip eta '
-                    'timestep_fraction'})
+    check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform')),
+                   above='lr alpha clip_range adv_clip eta timestep_fraction')
     rl, G, world = c.method != 'sft', c.group_size, int(os.environ.get('WORLD_SIZE', 1))
     need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
          '(DanceGRPO: 12)')
@@ -187,7 +180,7 @@ def main(argv):
     c = train_opd.own_settings(SETTINGS, argv)
     d = check(c)
     if os.environ.get('RANK', '0') == '0':
-        print(f'{c.method} on {c.model}, {d.height} x {d.width} pixels, '
+        print(f'{c.method} on {c.model}, {"%d x %d" % d.size} pixels, '
               f'{c.batch_size} samples a step' + (f' in groups of {c.group_size}, {c.steps} steps of {c.sde} '
                                                   f'{c.eta}' if c.method != 'sft' else ''))
         for k, b in d.buckets.items():
@@ -200,12 +193,11 @@ def main(argv):
     judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward
               if c.method != 'sft']
     watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
-    run = Run(c, d, plan=plan_at, eval_rows=max(c.eval_samples, c.show))
+    run = Run(c, d, plan_at, max(c.eval_samples, c.show))
     student, models = run.student, run.models
     memory = {(p, i): deque(v, c.buffer) for p, i, v in run.state}     # sdpo's returns by prompt and step
     count = dict(groups=0, skipped_groups=0)
-    path = run.field.sigmas(c.steps, d.height, d.width).to(device)
-    fine = run.field.sigmas(1000, d.height, d.width) if c.method == 'sft' else None
+    path, fine = run.sigmas, run.field.sigmas(1000, *d.size) if c.method == 'sft' else None
 
     def ask_rewards(images, rows):
         """All rewards of some pictures, one list each."""
@@ -214,15 +206,14 @@ def main(argv):
     def flow_matching(todo, step, backward=True):
         """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
         total = []
-        for some in run.chunks(todo, c.micro_batch):
-            cond, empty = run.prompts.conditions([s.data for s in some], d.height, d.width)
+        for some in run.chunks(todo):
+            cond, empty = run.prompts.conditions([s.data for s in some], *d.size)
             cond = [e if backward and rng(c.seed, step, s.number, 'drop').random() < c.prompt_dropout else x
                     for s, x, e in zip(some, cond, empty)]
             sigma = torch.stack([draw_sigma(fine, rng(c.seed, step, s.number, 'sigma'), c.sigmas)
                                  for s in some]).to(device)
-            with torch.no_grad():
-                x0 = run.field.encode_image(torch.stack([load_image(s.data['target_image'], d.height, d.width)
-                                                         for s in some]))
+            x0 = torch.stack([load_image(s.data['target_image'], *d.size) for s in some])
+            x0 = run.field.encode_image(x0)
             eps, s = run.noise(some), train_opd.col(sigma)
             v = models.velocity('student', (1 - s) * x0 + s * eps, sigma, cond)
             loss = velocity_error(v, eps - x0)
@@ -237,17 +228,16 @@ def main(argv):
         if not c.kl_beta:
             return torch.zeros(len(z), device=z.device)
         with torch.no_grad():
-            v_base = models.velocity('base', z, s, t.cond, t.empty, c.guidance)
+            v_base = run.velocity('base', t.todo, z, s, c.guidance)
         return diffusionopd_loss(v, v_base, s, s_next, c.eta, c.sde)
 
     def rolled(todo, n):
         """Trajectories and final latents. Rewards are asked in a thread, while the next chunk is sampled."""
-        for some in run.group_chunks(todo):
-            t = run.trajectory(some, path, n, c.eta, c.sde, c.guidance)
+        for some in run.chunks(todo):
+            t = run.trajectory(some, n, c.guidance)
             with torch.no_grad():
                 z, s = t.z[-1], path[n].expand(len(some))
-                t.x0 = z if n == c.steps else z - path[n] * models.velocity('student', z, s, t.cond, t.empty,
-                                                                            c.guidance)
+                t.x0 = z if n == c.steps else z - path[n] * run.velocity('student', some, z, s, c.guidance)
             yield t
 
     def grpo(todo, step):
@@ -291,9 +281,8 @@ def main(argv):
     def pick(t, use):
         """Some samples of a trajectory."""
         k = use.nonzero().flatten().tolist()
-        return SimpleNamespace(**{**vars(t), 'todo': [t.todo[j] for j in k], 'cond': [t.cond[j] for j in k],
-                                  'empty': [t.empty[j] for j in k], 'z': t.z[:, k], 'v': t.v[:, k],
-                                  'logp': t.logp[:, k]})
+        return SimpleNamespace(guidance=t.guidance, todo=[t.todo[j] for j in k], z=t.z[:, k], v=t.v[:, k],
+                               logp=t.logp[:, k])
 
     def sdpo(todo, step):
         """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps."""
@@ -361,7 +350,7 @@ def main(argv):
     def evaluate(step):
         """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows hacking."""
         result, lines, names = {}, [], []
-        for k in d.labels:
+        for k in d.buckets:
             rows = run.eval_rows[k][:c.eval_samples]
             now = run.render('student', k, rows, c.sample_steps, c.guidance, student.ema)
             if k not in still:
@@ -378,14 +367,14 @@ def main(argv):
             if c.score:
                 result[f'score/{k}'] = score_mean(load_function(c.score)(now, rows))
             for i, r in enumerate(rows[:c.show]):
-                picture = lambda p: load_image(p, d.height, d.width) / 2 + 0.5 if p else None
-                lines.append([picture(r['source_image']), picture(r['target_image']), still[k][i], now[i]])
+                pair = [run.picture(r[p]) for p in ('source_image', 'target_image')]
+                lines.append([*pair, still[k][i], now[i]])
                 names.append(f'{k}: {r["prompt"]}')
         if run.world.rank == 0:
             grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names,
                  ['source', 'target', 'base', 'now'])
             print(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in result.items()))
-        run.record(dict(step=step, **{f'eval/{k}': v for k, v in result.items()}))
+            run.log.add(dict(step=step, **{f'eval/{k}': v for k, v in result.items()}))
         return result
 
     before = run.at_start('eval/', evaluate(run.first))

@@ -64,8 +64,8 @@ def byte_pairs(words):
 
 def tokenizers():
     merges = byte_pairs(world.WORDS)
-    pieces = sorted({x for w in world.WORDS for x in (*w[:-1], w[-1], w[-1] + '</w>')} | {a + b
-                                                                                          for a, b in merges})
+    letters = {x for w in world.WORDS for x in (*w, w[-1] + '</w>')}
+    pieces = sorted(letters | {a + b for a, b in merges})
     vocab = {p: i for i, p in enumerate(['<|startoftext|>', '<|endoftext|>'] + pieces)}
     clip = [CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16) for _ in range(2)]
     words = [('<pad>', 0.0), ('</s>', 0.0), ('<unk>', -9.0)] + [('▁' + w, -1.0) for w in world.WORDS]
@@ -75,11 +75,10 @@ def tokenizers():
 def text_encoder(tokenizer):
     """Frozen, random words, but its first layer is set by hand so that each word also tells the four before
     it: real encoders know what belongs together, and "left" in "a red circle top left" has to."""
-    m = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64,
-                                                   intermediate_size=128, num_attention_heads=4,
-                                                   num_hidden_layers=2, projection_dim=64,
-                                                   max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
-                                                   pad_token_id=1))
+    m = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_attention_heads=4,
+        num_hidden_layers=2, projection_dim=64, max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1))
     words, first = m.text_model.embeddings, m.text_model.encoder.layers[0]
     word, place, look = words.token_embedding.weight, words.position_embedding.weight, first.self_attn
     with torch.no_grad():
@@ -98,11 +97,11 @@ def text_encoder(tokenizer):
 
 
 def identity_vae():
-    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(8,),
-                        layers_per_block=1, norm_num_groups=1, down_block_types=('DownEncoderBlock2D',),
-                        up_block_types=('UpDecoderBlock2D',), sample_size=world.SIZE,
-                        scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
-                        mid_block_add_attention=False)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=3, block_out_channels=(8,), layers_per_block=1,
+        norm_num_groups=1, down_block_types=('DownEncoderBlock2D',), up_block_types=('UpDecoderBlock2D',),
+        sample_size=world.SIZE, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False,
+        use_post_quant_conv=False, mid_block_add_attention=False)
     big, bias = 1000.0, 24.0
     with torch.no_grad():
         for p in vae.parameters():
@@ -137,12 +136,11 @@ def build_base(seed=0):
                                        use_cache=False))
     with torch.no_grad():
         t5_model.encoder.block[0].layer[0].SelfAttention.o.weight.mul_(0.1)
-    patch = 4
-    side = 2 * world.SIZE // patch                                     # twice the picture: room for a diptych
-    net = SD3Transformer2DModel(sample_size=world.SIZE, patch_size=patch,
-                                in_channels=3, out_channels=3, num_layers=4, attention_head_dim=32,
-                                num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=128,
-                                pooled_projection_dim=128, pos_embed_max_size=side, qk_norm='rms_norm')
+    patch, side = 4, 2 * world.SIZE // 4                               # twice the picture: room for a diptych
+    net = SD3Transformer2DModel(
+        sample_size=world.SIZE, patch_size=patch, in_channels=3, out_channels=3, num_layers=4,
+        attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128, joint_attention_dim=128,
+        pooled_projection_dim=128, pos_embed_max_size=side, qk_norm='rms_norm')
     net.pos_embed.pos_embed.copy_(contrasting_positions(side, 128))
     return StableDiffusion3Pipeline(
         transformer=net, vae=identity_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -299,19 +297,14 @@ def make_teachers(c):
         if (folder / 'adapter_config.json').exists():
             print(f'{folder} is there already')
             continue
-        train_teacher.main(['--method=sft',
-                            f'--model={c.out}/base', f"--data=['{c.work}/{name}_teacher.csv']",
-                            f"--eval_data=['{c.out}/{name}_val.csv']",
-                            f'--out_dir={run}', f'--max_steps={c.teacher_steps[name]}',
-                            f"--init_from={'resume' if (run / 'latest').exists() else 'base'}",
-                            '--rank=16', '--alpha=32', '--lora_targets=' +
-                            repr(['attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0',
-                                  'attn.add_q_proj', 'attn.add_k_proj', 'attn.add_v_proj', 'attn.to_add_out',
-                                  'ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj', 'ff_context.net.2',
-                                  'norm1.linear', 'norm1_context.linear']), '--lr=2e-3', '--batch_size=32',
-                            '--micro_batch=32', '--ema_decay=0.99', f'--seed={c.seed}', '--warmup=50',
-                            f"--score={Path(__file__).parent / 'world.py'}:score", '--eval_every=500',
-                            '--save_every=500', '--log_every=100'])
+        settings = dict(
+            method='sft', model=f'{c.out}/base', out_dir=str(run), data=[f'{c.work}/{name}_teacher.csv'],
+            eval_data=[f'{c.out}/{name}_val.csv'], score=f'{Path(__file__).parent}/world.py:score',
+            init_from='resume' if (run / 'latest').exists() else 'base', max_steps=c.teacher_steps[name],
+            lora_targets=train_opd.Flux.targets + ['norm1.linear', 'norm1_context.linear'],
+            rank=16, alpha=32.0, lr=2e-3, batch_size=32, micro_batch=32, ema_decay=0.99, seed=c.seed,
+            warmup=50, eval_every=500, save_every=500, log_every=100)
+        train_teacher.main([f'--{k}={v!r}' for k, v in settings.items()])
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for f in merge_lora.find(run).parent.iterdir():
@@ -360,8 +353,8 @@ def measure(c):
     """The tables, and the contact sheet: what base and teachers can do, on scenes nobody trained on."""
     field = train_opd.open_field(f'{c.out}/base')
     names = [n for n in c.teachers if (Path(c.out) / 'teachers' / n).exists()]
-    models, prompts = Models(field,
-                             [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names]), Prompts(field)
+    models = Models(field, [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names])
+    prompts = Prompts(field)
     buckets = {b: f'{c.out}/{b}_val.csv' for b in world.BUCKETS} | {'t2i_pairs': f'{c.out}/t2i_pairs.csv'}
     buckets |= {f'{b}_pairs': f'{c.work}/{b}_pairs.csv' for b in ('local_edit', 'global_edit') if b in names}
     rows, table = {}, {}
