@@ -349,7 +349,8 @@ class UNet(Field):
         s.set_timesteps(n)
         if hasattr(s, 'sigmas'):                               # the Euler scheduler speaks b / a itself
             return s.sigmas.double().cpu(), s.init_noise_sigma
-        k = torch.cat([self.noise[s.timesteps.long().cpu().clamp(max=len(self.noise) - 1)], torch.zeros(1, dtype=torch.float64)])
+        t = s.timesteps.long().cpu().clamp(max=len(self.noise) - 1)    # SD1.5's offset can lead beyond
+        k = torch.cat([self.noise[t], self.noise.new_zeros(1)])
         return k, (k[0] ** 2 + 1).sqrt()                               # DDIM starts from x_T of unit variance
 
     def sigmas(self, n, height, width):
@@ -1091,6 +1092,7 @@ class Run:
             if self.stop == 2:
                 self.say(f'\nasked to stop: saved {newest(self.out)}; continue with --init_from=resume')
                 raise SystemExit(0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: it may end at once
 
     def report(self, done, bar):
         """One line, and an entry of log.jsonl: means of what was noted since the last, gaps by route."""

@@ -1,14 +1,14 @@
 """
 Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, and three LoRA teachers on it.
 
-    python data/shapes/prepare.py                   everything; about an hour on one core, resumable
+    python data/shapes/prepare.py                   everything; 100 minutes on one core, resumable
     python data/shapes/prepare.py --evaluate=True   only measures what is there, and draws the contact sheet
     python data/shapes/prepare.py --quick=True --out=out/quick   two minutes: the pipeline, not the quality
     python data/shapes/prepare.py --out=out/half --base_stop=250 --teachers=[]   a half-trained base, for RL
 
 The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers
-over the world's few words, frozen text encoders of random words, and a trained transformer of 2.3 million parameters.
-The teachers are made by train_teacher.py, as anybody's would be.
+over the world's few words, frozen text encoders of random words, and a trained transformer of 2.3 million
+parameters. The teachers are made by train_teacher.py, as anybody's would be.
 """
 import csv, json, math, shutil, sys
 from collections import Counter
