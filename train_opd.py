@@ -889,7 +889,7 @@ class Run:
 
     def __init__(self, c, d, plan, eval_rows, teachers=(), merged=None):
         self.c, self.d, self.out, self.plan, self.notes, self.extra = c, d, Path(c.out_dir), plan, [], {}
-        self.skipped, self.bad, self.stop, self.step, self.t0 = 0, '?', 0, 0, time.time()
+        self.skipped, self.bad, self.route, self.stop, self.step, self.t0 = 0, '?', '', 0, 0, time.time()
         self.first, self.state, self.world = 0, [], launch(c.device, c.tf32)
         world, path = self.world, lambda t: t.get('lora') or t.get('checkpoint') or c.model
         self.say = print if world.rank == 0 else lambda *a: None
@@ -1047,6 +1047,7 @@ class Run:
             one = {k: float(v[j]) for k, v in numbers.items()}
             by_route = {f'train_{k}/{s.label}': x for k, x in one.items() if k in ('gap', 'reward')}
             self.notes.append(one | by_route)
+            self.route = s.label
             if not all(map(math.isfinite, one.values())):
                 self.bad = f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
 
@@ -1075,7 +1076,7 @@ class Run:
 
     def steps(self, evaluate):
         """The loop: yields a step's samples, this process's share; around it log, evaluation, checkpoint."""
-        c, off = self.c, True if self.world.rank else None             # None: no bar where nobody watches
+        c, off, began = self.c, True if self.world.rank else None, time.time()  # None: no bar if none looks
         bar = tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=off)
         for self.step in bar:
             step, done = self.step, self.step + 1
@@ -1084,7 +1085,7 @@ class Run:
                 self.prompts.add(text_key(s.data) for t in ahead for s in self.plan(self, t))
             yield self.plan(self, step)
             if done % c.log_every == 0 or done == c.max_steps:
-                self.report(done, bar)
+                self.report(done, bar, (time.time() - began) / (done - self.first))
             if done % c.eval_every == 0 and done < c.max_steps and self.stop < 2:
                 evaluate(done)
             if done % c.save_every == 0 or done == c.max_steps or self.stop == 2:
@@ -1094,22 +1095,24 @@ class Run:
                 raise SystemExit(0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: it may end at once
 
-    def report(self, done, bar):
+    def report(self, done, bar, pace):
         """One line, and an entry of log.jsonl: means of what was noted since the last, gaps by route."""
         notes, self.notes = gather(self.world, self.notes), []
-        gpu, dt = self.world.device.type == 'cuda', time.time() - self.t0
+        gpu = self.world.device.type == 'cuda'
         memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
         entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(done - 1, self.c), skipped=self.skipped,
-                     seconds=round(dt, 1), memory_gb=round(memory, 2), **self.extra)
+                     seconds=round(time.time() - self.t0, 1), memory_gb=round(memory, 2), **self.extra)
         for k in sorted({k for n in notes for k in n}):
             some = [n[k] for n in notes if k in n]
             entry[k] = max(some) if k == 'ratio_off' else sum(some) / len(some)
         if self.world.rank == 0:
             self.log.add(entry)
             shown = 'loss gap reward kl sigma ratio_off grad_norm'.split()
-            line = [f'{k} {v:.4g}' for k, v in entry.items() if k in shown or k.startswith('train_')]
-            bar.write('  '.join([f'step {done:6d}', *line, f'{dt / max(1, done - self.first):.2f} s/step',
-                                 f'{memory:.1f} GB']))
+            line = [f'{k.removeprefix("train_")} {v:.4g}' for k, v in entry.items()
+                    if k in shown or k.startswith('train_')]
+            bar.set_postfix({k: f'{entry[k]:.4g}' for k in ('loss', 'gap', 'reward') if k in entry},
+                            route=self.route, GB=f'{memory:.1f}')
+            bar.write('  '.join([f'step {done:6d}', *line, f'{pace:.2f} s/step', f'{memory:.1f} GB']))
 
     def end(self, result, curves, name='route'):
         """The result, as a file and for people, and the curves of the log as a picture."""
