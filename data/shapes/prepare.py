@@ -1,7 +1,7 @@
 """
 Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, and three LoRA teachers on it.
 
-    python data/shapes/prepare.py                   everything; 100 minutes on one core, resumable
+    python data/shapes/prepare.py                   everything; under two hours on one core, resumable
     python data/shapes/prepare.py --evaluate=True   only measures what is there, and draws the contact sheet
     python data/shapes/prepare.py --quick=True --out=out/quick   two minutes: the pipeline, not the quality
     python data/shapes/prepare.py --out=out/half --base_stop=250 --teachers=[]   a half-trained base, for RL
