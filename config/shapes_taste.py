@@ -1,16 +1,16 @@
-# The demonstration with specialists of your own: edits learned by imitation, and a taste learned from a
+# The demonstration with specialists of your own: counting learned by imitation, a taste learned from a
 # reward. Make them first, a quarter of an hour on one core:
-#   python train_teacher.py --out_dir=out/negatives --data="['data/shapes/global_edit.csv']" \
-#       --eval_data="['data/shapes/global_edit_val.csv']" --score=data/shapes/world.py:score --max_steps=600
+#   python train_teacher.py --out_dir=out/count --data="['data/shapes/count.csv']" \
+#       --eval_data="['data/shapes/count_val.csv']" --score=data/shapes/world.py:score --max_steps=400
 #   python train_teacher.py config/teacher_shapes_grpo.py
 # Prompts that leave things open are the taste's; where all is named, the base still answers.
 model = 'data/shapes/base'
 resolution = 24
 teachers = [
     dict(name='base'),
-    dict(name='count', lora='data/shapes/teachers/count'),
+    dict(name='count', lora='out/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
-    dict(name='global_edit', lora='out/negatives'),
+    dict(name='global_edit', lora='data/shapes/teachers/global_edit'),
     dict(name='taste', lora='out/teacher_blue')]
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),

@@ -184,7 +184,7 @@ def names_no_colour(prompt, scene):
 def write_data(c):
     """The files to keep, for distillation and tests, and in c.work the pairs that teachers learn from."""
     for bucket in world.BUCKETS:
-        write_bucket(c.out, bucket, bucket, c.train_rows, False, c.seed)
+        write_bucket(c.out, bucket, bucket, c.train_rows, False, c.seed, pictures=bucket == 'count')
         write_bucket(c.out, f'{bucket}_val', bucket, c.val_rows, True, c.seed)
     write_bucket(c.out, 't2i_pairs', 't2i', c.val_rows, True, c.seed, only=has_held_pair, pairs=world.PAIRS)
     write_bucket(c.out, 'taste_val', 'open', c.val_rows, True, c.seed, only=names_no_colour)
@@ -405,8 +405,8 @@ def measure(c):
 def main(argv):
     c = configurator.configure(SETTINGS, argv)
     if c.quick:
-        c.base_steps, c.pairs, c.train_rows, c.val_rows, c.seeds = 120, 80, 24, 16, 1
-        c.teacher_steps, c.work = dict.fromkeys(c.teacher_steps, 20), f'{c.out}/work'
+        c.base_steps, c.pairs, c.train_rows, c.val_rows, c.seeds = 60, 80, 24, 8, 1
+        c.teacher_steps, c.work = dict.fromkeys(c.teacher_steps, 10), f'{c.out}/work'
     torch.set_num_threads(c.threads)
     if not c.evaluate:
         write_data(c)
