@@ -94,7 +94,7 @@ adv_clip = 5.0                      # flowopd: advantages
 anchor = ''                         # 'base' or a teacher: the student is also held near it (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
-max_steps = 450
+max_steps = 600
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 30                    # samples a forward; the rest is gradient accumulation
 lr = 2.5e-3                         # (DanceOPD 2e-4, DiffusionOPD 3e-4)
@@ -112,7 +112,7 @@ tf32 = True
 seed = 0
 # output
 out_dir = 'out/shapes'
-eval_every = 225                    # steps between evaluations (gap by route, and the picture)
+eval_every = 300                    # steps between evaluations (gap by route, and the picture)
 eval_samples = 32                   # samples a route in them
 show = 4                            # of which so many are drawn in the picture
 sample_steps = 16                   # Euler steps of those pictures and of the score

@@ -1,5 +1,5 @@
-# The demonstration, spelled out: four skills of the shapes world into one student, on a CPU in a dozen
-# minutes. These are train_opd.py's own settings; this file names what somebody would change first.
+# The demonstration, spelled out: four skills of the shapes world into one student, on a CPU in ten to
+# twenty minutes. These are train_opd.py's own settings; this file names what somebody would change first.
 model = 'data/shapes/base'
 resolution = 24
 teachers = [
@@ -20,6 +20,6 @@ rank = 32
 steps = 8
 method = 'danceopd'                               # try 'diffusionopd'
 query = 'stratified'                              # try 'low', 'high'
-max_steps = 450
+max_steps = 600
 lr = 2.5e-3
 out_dir = 'out/shapes'
