@@ -19,21 +19,27 @@ class Bucket:
     """Rows of one task. Only their places in the files are held in memory; a row is read when needed."""
 
     def __init__(self, name):
-        self.name, self.files, self.columns, self.place, self.sources = name, [], [], array.array('Q'), 0
+        self.name, self.files, self.place, self.sources = name, [], array.array('Q'), 0
 
-    def add(self, path, columns, offset):
-        if not self.files or self.files[-1] != path:
-            self.files.append(path), self.columns.append(columns)
+    def add(self, path, columns, offset, stamp):
+        if not self.files or self.files[-1][0] != path:
+            self.files.append((path, columns, stamp))
         self.place.append((len(self.files) - 1) << 48 | offset)
 
     def __len__(self):
         return len(self.place)
 
     def __getitem__(self, i):
-        path, columns = self.files[self.place[i] >> 48], self.columns[self.place[i] >> 48]
+        path, columns, stamp = self.files[self.place[i] >> 48]
+        need(file_stamp(path) == stamp, f'{path} was changed while this run reads from it; a run that has '
+             'checkpoints goes on with --init_from=resume')
         with open(path, 'rb') as f:
             f.seek(self.place[i] & (1 << 48) - 1)
             return parse_row(path, columns, (line.decode('utf-8') for line in f))
+
+
+def file_stamp(path):
+    return (os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.exists(path) else None
 
 
 def parse_row(path, columns, lines):
@@ -57,7 +63,7 @@ def read_data(paths):
         if not os.path.isfile(path):
             errors.append(f'{path}: no such data file')
             continue
-        at, start, columns = 0, 0, []
+        at, start, columns, stamp = 0, 0, [], file_stamp(path)
 
         def lines(f):
             nonlocal at
@@ -82,7 +88,7 @@ def read_data(paths):
                     break
                 if row.get('prompt'):
                     name = row.get('task') or Path(path).stem.removesuffix('_val')
-                    buckets.setdefault(name, Bucket(name)).add(path, columns, start)
+                    buckets.setdefault(name, Bucket(name)).add(path, columns, start, stamp)
                     buckets[name].sources += bool(row['source_image'])
                 elif row.get('source_image'):
                     errors.append(f'{path}: a row without a prompt near byte {start}')

@@ -1930,6 +1930,16 @@ def test_two_hundred_thousand_rows_take_little_memory(tmp_path):
     assert many - few < 60
 
 
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
+    file = tmp_path / 'a.txt'
+    file.write_text('a red square\na blue circle\n')
+    bucket = read_data([file])[0]['a']
+    assert [bucket[i]['prompt'] for i in range(2)] == ['a red square', 'a blue circle']
+    file.write_text('a green square\na blue circle\n')                 # its second row begins elsewhere now
+    with pytest.raises(BadInput, match='a.txt was changed'):
+        bucket[1]
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_memory_for_gradients_does_not_grow_with_the_steps(method, world, tmp_path):
     """Bytes that autograd keeps alive at once, counted as they are saved and let go."""
