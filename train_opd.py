@@ -55,8 +55,8 @@ teacher_offload = False             # keep full-checkpoint teachers on the CPU b
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=0.5, samples=2),
-    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=16),
-    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=14)]
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15)]
 routes_per_step: int | str = 'all'  # 1 a step (DanceOPD); 'all' (DiffusionOPD); 'sample': each its own
 cycle: list = []                    # with 1: a fixed order of buckets, as ['ocr', 'geneval', 'geneval']
 mixing = 'hard'                     # 'soft': each target is the weighted mean of all teachers' (ablation)
@@ -73,7 +73,7 @@ rank = 32                           # of the LoRA (DanceOPD 128, DiffusionOPD 32
 alpha = 32.0                        # its scale is alpha / rank (DanceOPD 128, DiffusionOPD 64)
 lora_targets: list | None = None    # layers or endings; None: the starting adapter's, else the family's
 # rollout
-steps = 8                           # Euler steps of the student's rollout (DanceOPD 16, DiffusionOPD 10)
+steps = 4                           # Euler steps of the student's rollout (DanceOPD 16, DiffusionOPD 10)
 eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OPD 0.7)
 sde = 'flow'                        # 'flow', 'dance', 'cps'
 rollout_guidance = 1.0              # classifier-free guidance while rolling out; 1.0 is none, in every family
@@ -94,7 +94,7 @@ adv_clip = 5.0                      # flowopd: advantages
 anchor = ''                         # 'base' or a teacher: the student is also held near it (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
-max_steps = 600
+max_steps = 500
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 30                    # samples a forward; the rest is gradient accumulation
 lr = 2.5e-3                         # (DanceOPD 2e-4, DiffusionOPD 3e-4)
@@ -112,10 +112,10 @@ tf32 = True
 seed = 0
 # output
 out_dir = 'out/shapes'
-eval_every = 300                    # steps between evaluations (gap by route, and the picture)
+eval_every = 250                    # steps between evaluations (gap by route, and the picture)
 eval_samples = 32                   # samples a route in them
 show = 4                            # of which so many are drawn in the picture
-sample_steps = 16                   # Euler steps of those pictures and of the score
+sample_steps = 8                    # Euler steps of those pictures and of the score
 score = 'data/shapes/world.py:score'  # file.py:function(images, rows) -> a number or dict a picture; '': none
 score_samples = 128                 # pictures a route that the score is asked about, at the end
 save_every = 100

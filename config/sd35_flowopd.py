@@ -36,5 +36,6 @@ ema_decay = 0.9                                   # ours, as grad_checkpointing 
 grad_checkpointing = True
 max_steps = 1000
 eval_every = 100
+sample_steps = 40                                 # Flow-GRPO's, for evaluation
 score = ''
 out_dir = 'out/sd35_flowopd'

@@ -1,5 +1,5 @@
-# The demonstration, spelled out: four skills of the shapes world into one student, on a CPU in ten to
-# twenty minutes. These are train_opd.py's own settings; this file names what somebody would change first.
+# The demonstration, spelled out: four skills of the shapes world into one student, on a CPU in about
+# ten minutes. These are train_opd.py's own settings; this file names what somebody would change first.
 model = 'data/shapes/base'
 resolution = 24
 teachers = [
@@ -10,16 +10,16 @@ teachers = [
 routes = [                                        # more for what is harder to learn: edits
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=0.5, samples=2),
-    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=16),
-    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=14)]
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15)]
 batch_size = 34                                   # the sum of the samples
 routes_per_step = 'all'                           # try 1: one route a step, with batch_size = 32
 
 init_from = 'merge'                               # try 'base', or one teacher's folder
 rank = 32
-steps = 8
+steps = 4
 method = 'danceopd'                               # try 'diffusionopd'
 query = 'stratified'                              # try 'low', 'high'
-max_steps = 600
+max_steps = 500
 lr = 2.5e-3
 out_dir = 'out/shapes'

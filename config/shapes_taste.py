@@ -15,8 +15,8 @@ teachers = [
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=0.5, samples=2),
-    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=16),
-    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=14),
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15),
     dict(teacher='taste', data='open', weight=0.5, samples=4)]
 data = [f'data/shapes/{_r["data"]}.csv' for _r in routes]
 eval_data = [f'data/shapes/{_r["data"]}_val.csv' for _r in routes]
