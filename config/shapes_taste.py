@@ -15,10 +15,11 @@ teachers = [
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=0.5, samples=2),
-    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
-    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15),
-    dict(teacher='taste', data='open', weight=0.5, samples=4)]
+    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=13),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=13),
+    dict(teacher='taste', data='open', weight=1.0, samples=8)]
 data = [f'data/shapes/{_r["data"]}.csv' for _r in routes]
 eval_data = [f'data/shapes/{_r["data"]}_val.csv' for _r in routes]
 batch_size = 38                                   # the sum of the samples
+max_steps = 600                                   # one route more than the demonstration
 out_dir = 'out/shapes_taste'
