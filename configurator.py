@@ -69,6 +69,16 @@ def _execute(path, values, kinds):
             values[key] = _cast(key, value, kinds[key], path)
 
 
+class _Dicts(ast.NodeTransformer):
+    """dict(a=1), as config files write it, is {'a': 1} on the command line too."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        plain = getattr(node.func, 'id', '') == 'dict' and not node.args and all(k.arg for k in node.keywords)
+        pairs = [(ast.Constant(k.arg), k.value) for k in node.keywords]
+        return ast.Dict(*map(list, zip(*pairs))) if plain and pairs else node
+
+
 def configure(settings, argv):
     """What collect returned and the command line's words -> SimpleNamespace of all settings."""
     defaults, kinds = settings
@@ -92,7 +102,7 @@ def configure(settings, argv):
             need(not alone or bool in _kinds(kinds[key]), f'{word} needs a value: {word}=...')
             text = 'True' if alone else words.pop(0)
         try:
-            value = ast.literal_eval(text)
+            value = ast.literal_eval(_Dicts().visit(ast.parse(text.strip(), mode='eval')))
         except Exception:  # no Python literal: plain text
             value = text
         values[key] = _cast(key, value, kinds[key], word, text)
