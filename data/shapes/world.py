@@ -12,6 +12,7 @@ one of six colours, on one of three backgrounds. Small enough for a laptop, rich
 
     score(images, rows)   a picture's {'right': 0 or 1} and, for edits, 'kept': the error of what had to stay
     reward(images, rows)  the same question answered smoothly, between 0 and 1
+    clear(...)            the same, but what is clearly another thing is worth next to nothing
     blue(...), top(...)   two tastes, as rewards: the share of the shapes that are blue, or in the upper half
     blue_share(...)       the same counted instead of felt, to say how far the taste `blue` has come
 
@@ -358,17 +359,24 @@ def score(images, rows):
     return out
 
 
-def reward(images, rows, softness=0.03):
+def reward(images, rows, softness=0.03, doubt=None):
     """How far a picture is on its way to what its row asks for: the best arrangement's mean, over background
-    and cells, of exp(-distance / softness). 1 is a perfect picture; half right is about half."""
+    and cells, of exp(-distance / softness). 1 is a perfect picture; half right is about half. With a `doubt`
+    a cell also counts only as far as it is told from the other things: times softmax(-distance / doubt)."""
     out = []
     for image, row in zip(images.float().cpu(), rows):
         background, ways, negative = wish(row)
-        near = (-distances((1 - image if negative else image)[None])[0] / softness).exp()      # (3, 4, 19)
+        d = distances((1 - image if negative else image)[None])[0]                             # (3, 4, 19)
+        near = (-d / softness).exp() * ((-d / doubt).softmax(-1) if doubt else 1)
         grounds = [i for i, b in enumerate(BACKGROUNDS) if background in (None, b)]
         out.append(max(sum(near[b, i, [fits(w, t) for t in THINGS]].max().item() for i, w in enumerate(way))
                        for b in grounds for way in ways) / 4)
     return out
+
+
+def clear(images, rows):
+    """The reward to climb where pictures are clean but of the wrong thing: a square is hardly any circle."""
+    return reward(images, rows, doubt=0.004)
 
 
 def _taste(images, rows, liked):
