@@ -135,7 +135,7 @@ def test_reward_is_smooth_and_orders_pictures():
     levels = [sum(shapes.reward((1 - a) * x + a * noise, rows)) / len(rows) for a in (0.0, 0.2, 0.4, 0.8)]
     assert levels[0] > 0.999 and all(a > b for a, b in zip(levels, levels[1:])) and levels[-1] < 0.2, levels
     circle, square = (shapes.draw(('white', ((k, 'red'), None, None, None))) for k in ('circle', 'square'))
-    d = (circle - square).square()[:, :12, :12].mean().item()          # what one is off where the other is due
+    d = (circle - square).square()[:, :12, :12].mean().item()  # what one is off where the other is due
     asked = torch.stack([circle, square]), [dict(prompt='a red circle top left on white')] * 2
     other = math.exp(-d / 0.004)                                       # the triangle and others hardly count
     for rewards, by_hand in ((shapes.reward(*asked), (1, (3 + math.exp(-d / 0.03)) / 4)),
