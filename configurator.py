@@ -54,11 +54,12 @@ def _cast(key, value, kind, where, text=None):
     return text
 
 
-def _execute(path, values, kinds):
+def _execute(path, values, kinds, given):
     """Runs a config file with the current values as its names, and takes over what it leaves behind."""
     names = dict(values)
     try:
-        exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), names)
+        tree = ast.parse(pathlib.Path(path).read_bytes(), path)
+        exec(compile(tree, path, 'exec'), names)
     except (Exception, SystemExit) as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
         line = lines[-1] if lines else getattr(e, 'lineno', '?')  # a syntax error carries its own
@@ -67,6 +68,7 @@ def _execute(path, values, kinds):
         if key[0] != '_' and not isinstance(value, types.ModuleType):
             _known(key, values, path)
             values[key] = _cast(key, value, kinds[key], path)
+    given |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 class _Dicts(ast.NodeTransformer):
@@ -79,9 +81,11 @@ class _Dicts(ast.NodeTransformer):
         return ast.Dict(*map(list, zip(*pairs))) if plain and pairs else node
 
 
-def configure(settings, argv):
-    """What collect returned and the command line's words -> SimpleNamespace of all settings."""
+def configure(settings, argv, given=None):
+    """What collect returned and the command line's words -> SimpleNamespace of all settings. The set `given`
+    gets the names of those that somebody set, if only to their defaults."""
     defaults, kinds = settings
+    given = set() if given is None else given
     values, words = copy.deepcopy(defaults), list(argv)
     if '--help' in words:
         print('\n'.join(f'--{k}={v!r}  ({_names(kinds[k])})' for k, v in defaults.items()))
@@ -92,7 +96,7 @@ def configure(settings, argv):
             bare = word.lstrip('-')
             mend = f', did you mean --{bare}?' if bare.split('=')[0] in values or '=' in word else ''
             need(pathlib.Path(word).is_file(), f'no such config file: {word!r}{mend}')
-            _execute(word, values, kinds)
+            _execute(word, values, kinds, given)
             continue
         key, equals, text = word[2:].partition('=')
         _known(key, values, word)
@@ -106,6 +110,7 @@ def configure(settings, argv):
         except Exception:  # no Python literal: plain text
             value = text
         values[key] = _cast(key, value, kinds[key], word, text)
+        given.add(key)
     return types.SimpleNamespace(**values)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from configurator import BadInput, need
 
+FIELDS = 'prompt', 'task', 'source_image', 'target_image'
 REMAKE = '; make it with: python data/shapes/prepare.py'
 
 
@@ -33,13 +34,19 @@ class Bucket:
         path, columns, stamp = self.files[self.place[i] >> 48]
         need(file_stamp(path) == stamp, f'{path} was changed while this run reads from it; a run that has '
              'checkpoints goes on with --init_from=resume')
+        offset = self.place[i] & (1 << 48) - 1
         with open(path, 'rb') as f:
-            f.seek(self.place[i] & (1 << 48) - 1)
-            return parse_row(path, columns, (line.decode('utf-8') for line in f))
+            f.seek(offset)
+            return parse_row(path, columns, (x.decode('utf-8' if offset else 'utf-8-sig') for x in f))
 
 
 def file_stamp(path):
-    return (os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.exists(path) else None
+    """Size and time of the last change, None if it is gone: rows are found again by their places."""
+    try:
+        s = os.stat(path)
+        return s.st_size, s.st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def parse_row(path, columns, lines):
@@ -50,7 +57,12 @@ def parse_row(path, columns, lines):
         row = next(csv.DictReader(lines, columns, strict=True))
     else:
         row = {'prompt': next(lines).strip()}
-    row = {k: v for k, v in row.items() if k is not None and v is not None}
+    if not isinstance(row, dict) or None in row:
+        raise ValueError('not a row with names' if not isinstance(row, dict) else
+                         f'{len(row[None])} fields more than columns: a text with a comma in it needs quotes')
+    row = {k: v for k, v in row.items() if v is not None}
+    if odd := [k for k in FIELDS if not isinstance(row.get(k, ''), str)]:
+        raise ValueError(f'{odd[0]} should be text, not {row[odd[0]]!r}')
     for k in ('source_image', 'target_image'):
         row[k] = str(Path(path).parent / row[k]) if row.get(k) else ''
     return row
@@ -96,7 +108,8 @@ def read_data(paths):
 
 
 def check_rows(bucket, need_target=False):
-    """Every picture that a bucket names exists and opens, and pairs have one shape. A list of complaints."""
+    """Every picture that a bucket names exists and opens (a PNG is read whole), and pairs have one shape. A
+    list of complaints."""
     errors = []
     for row in (bucket[i] for i in range(len(bucket))):
         sizes = {}
@@ -105,7 +118,8 @@ def check_rows(bucket, need_target=False):
                 if row[k]:
                     with Image.open(row[k]) as im:
                         sizes[k] = im.size
-            except (OSError, ValueError) as e:
+                        im.verify()
+            except (OSError, ValueError, SyntaxError) as e:            # the last is Pillow's for a broken PNG
                 errors.append(f'{bucket.name}: {k} {row[k]} ' +
                               ('does not exist' if not os.path.exists(row[k]) else f'does not open ({e})'))
         if len(sizes) == 2:

@@ -274,6 +274,7 @@ def _check_new(out):
 def add_to_base(model_folder, adapter, out):
     """Writes `out`, a folder like the model's transformer/ or unet/ with the deltas added, by shards."""
     _check_new(out)
+    out = pathlib.Path(out)                            # without a slash at the end
     adapter = fit(adapter, model_shapes(model_folder))
     files = _shards(model_folder)
     part, tmp = files[0].parent, pathlib.Path(f'{out}.partial')

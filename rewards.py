@@ -111,7 +111,6 @@ def pickscore(device, name=PICKSCORE, processor=CLIP_H):
 
 def aesthetic(device, weights='', name=CLIP_L):
     from safetensors.torch import load_file
-    need(weights.endswith('.safetensors'), CONVERT)
     n, gap = [768, 1024, 128, 64, 16, 1], torch.nn.Identity()  # where the published model has a dropout
     a, b, c, d, e = [torch.nn.Linear(*ends) for ends in zip(n, n[1:])]
     head = torch.nn.Sequential(a, gap, b, gap, c, gap, d, e)   # and linear all through, as published
@@ -168,11 +167,15 @@ BUILT_IN = {'shapes': lambda device: shapes, 'shapes_smooth': lambda device: fro
 MODELS = {'clip': clip, 'pickscore': pickscore, 'aesthetic': aesthetic}
 
 
+def is_url(name):
+    return name.startswith(('http://', 'https://'))
+
+
 def check(name):
     """Is this the name of a reward? For a start: no weights are loaded."""
-    if '.py' in name:
+    if '.py' in name and not is_url(name):
         from_file(name)
-    elif not name.startswith(('http://', 'https://')):
+    elif not is_url(name):
         kind, *where = name.split('@')
         near = difflib.get_close_matches(kind, BUILT_IN | MODELS, 1)
         need(kind in BUILT_IN | MODELS,
@@ -180,12 +183,13 @@ def check(name):
              f' There are: {", ".join(BUILT_IN | MODELS)}, http://..., file.py:function')
         need(len(where) <= 2 * (kind in MODELS),
              f'{name}: {kind} takes {"at most two @" if kind in MODELS else "no @"}')
+        need(kind != 'aesthetic' or ''.join(where[:1]).endswith('.safetensors'), CONVERT)
 
 
 def load(name, device='cpu', **options):
     """A name from the list on top -> the reward; `options` are those of `remote`."""
     check(name)
-    if name.startswith(('http://', 'https://')):
+    if is_url(name):
         return remote(name, **options)
     need(not options, f'{name}: only a server takes {", ".join(options)}')
     if '.py' in name:

@@ -1542,6 +1542,18 @@ def world(tmp_path_factory):
 
         def nan(images, rows):
             return [float('nan')] * len(rows)
+
+        def bright(images, rows):
+            return (100 * images.mean((1, 2, 3))).tolist()
+
+        def very_bright(images, rows):
+            return (1e5 * images.mean((1, 2, 3))).tolist()
+
+        asked = []
+
+        def tired(images, rows):                               # of the third question on
+            asked.append(rows)
+            return [float(k) for k in range(len(rows) - (len(asked) > 2))]
     '''))
     one, two = random_lora(at / 'one', 1), random_lora(at / 'two', 2)
     common = dict(model=str(SHAPES / 'base'), device='cpu', eval_data=[], rank=4, alpha=8.0,
@@ -1554,8 +1566,11 @@ def world(tmp_path_factory):
     teacher = dict(common, data=[str(at / 'words.csv')], reward=[dict(reward=f'{SHAPES}/world.py:reward')])
 
     def words(settings):
-        return lambda out, **more: [
-            f'--{k}={v!r}' for k, v in (settings | dict(more, out_dir=str(out))).items()]
+        def argv(out, **more):
+            plain = {k: v for k, v in settings.items()         # imitation has no rollouts
+                     if more.get('method') != 'sft' or k not in train_teacher.ROLLOUT.split()}
+            return [f'--{k}={v!r}' for k, v in (plain | dict(more, out_dir=str(out))).items()]
+        return argv
     return SimpleNamespace(
         at=at, one=one, two=two, opd=words(opd), teacher=words(teacher),
         distil=lambda *a, **more: run(train_opd.main, words(opd)(*a, **more)),
@@ -1952,6 +1967,33 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
         bucket[1]
 
 
+@pytest.mark.parametrize('name, text, says', [
+    ('a.csv', 'prompt,task\na red circle, on white,t2i\n', '1 fields more than columns'),
+    ('a.jsonl', '{"prompt": "a"}\n[1, 2]\n', 'not a row with names'),
+    ('a.jsonl', '{"prompt": 5}\n', 'prompt should be text, not 5')])
+def test_rows_that_would_be_changed_are_refused(name, text, says, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=f'{name}: cannot be read near byte .*{says}'):
+        files.open_buckets([tmp_path / name], [])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    for name, text in (('a.txt', 'a red circle\n'), ('b.jsonl', '{"prompt": "a red circle"}\n'),
+                       ('c.csv', 'prompt\na red circle\n')):
+        (tmp_path / name).write_text(text, encoding='utf-8-sig')
+        bucket, = read_data([tmp_path / name])[0].values()
+        assert bucket[0]['prompt'] == 'a red circle'
+
+
+def test_a_picture_that_is_cut_off_is_found_before_the_run(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), 'uint8')).save(tmp_path / 'a.png')
+    (tmp_path / 'a.csv').write_text('prompt,source_image\nmake it red,a.png\n')
+    files.open_buckets([tmp_path / 'a.csv'], [])
+    (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:-2000])
+    with pytest.raises(BadInput, match='source_image .*a.png does not open'):
+        files.open_buckets([tmp_path / 'a.csv'], [])
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_memory_for_gradients_does_not_grow_with_the_steps(method, world, tmp_path):
     """Bytes that autograd keeps alive at once, counted as they are saved and let go."""
@@ -2061,11 +2103,12 @@ def test_sigterm_saves_and_ends_well(world, tmp_path):
 
 
 def test_two_processes_are_one(world, tmp_path):
-    """Gradients after one step, velocities after five; for distillation and for GRPO, in one launch."""
+    """Gradients after one step, velocities after five; a launch for all that deals samples differently."""
     more = dict(max_steps=5, save_every=1, ckpt_keep=9, steps=2, eval_samples=2, lr=2e-3)
     jobs = [('opd', train_opd.main, world.opd, dict(more, batch_size=8)),
             ('grpo', train_teacher.main, world.teacher,
-             dict(more, method='grpo', group_size=4, batch_size=16, global_std=True))]
+             dict(more, method='grpo', group_size=4, batch_size=16, global_std=True)),
+            ('sdpo', train_teacher.main, world.teacher, dict(more, method='sdpo', group_size=2, steps=3))]
     code = '''if True:
         import json, sys, train_opd, train_teacher
         for name, argv in json.loads(sys.argv[1]):
@@ -2091,6 +2134,21 @@ def test_two_processes_are_one(world, tmp_path):
         with torch.no_grad():
             base, a, b = (models.velocity(k, z, torch.full((8,), 0.5), cond) for k in ('base', 'at0', 'at1'))
         assert (a - b).norm() < 1e-3 * (a - base).norm()  # of what was learned
+
+
+@pytest.mark.parametrize('method, updates', [('flowopd', 2), ('grpo', 4), ('sdpo', 3)])
+def test_processes_share_each_update(method, updates):
+    """Whatever their number, together they hold the same samples, and each has as much of every update."""
+    c = SimpleNamespace(method=method, updates=updates, seed=0, batch_size=32, group_size=2)
+    d = SimpleNamespace(buckets=dict(words=[{'prompt': str(i)} for i in range(9)]))
+
+    def dealt(size):
+        runs = [SimpleNamespace(c=c, d=d, world=SimpleNamespace(rank=r, size=size)) for r in range(size)]
+        mine = [train_opd.Run.mine(r, 5, [dict(data='words')]) for r in runs]
+        parts = [[m] if method == 'sdpo' else train_opd.Run.parts(r, m) for r, m in zip(runs, mine)]
+        assert len({len(x) for p in parts for x in p}) == 1
+        return [sorted((s.number, s.row) for p in parts for s in p[u]) for u in range(len(parts[0]))]
+    assert dealt(1) == dealt(2) == dealt(4) and len(dealt(1)[0]) == 32 // (1 if method == 'sdpo' else updates)
 
 
 def test_a_batch_that_does_not_divide_says_what_would(world, tmp_path, monkeypatch):
@@ -2163,7 +2221,18 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     'group_size = 1: Flow-OPD compares': lambda w: dict(method='flowopd', eta=0.7),
     "kl_var = 'code' is about an SDE's variance": lambda w: dict(method='diffusionopd', kl_var='code'),
     "dtype: 'float16' is not one of": lambda w: dict(dtype='float16'),
-    'queries = 5 distinct states cannot be had from 3 steps': lambda w: dict(queries=5)}
+    'queries = 5 distinct states cannot be had from 3 steps': lambda w: dict(queries=5),
+    "'one': teachers are dict": lambda w: dict(teachers=['one']),
+    "'words': teachers are dict.*routes dict": lambda w: dict(routes=['words']),
+    "teacher 'one': weight must be more than 0, not '2'": lambda w: dict(
+        teachers=[dict(name='one', lora=w.one, weight='2')]),
+    "teacher 'one': guidance must be more than 0, not '4.5'": lambda w: dict(
+        teachers=[dict(name='one', lora=w.one, guidance='4.5')]),
+    'samples must be a whole number': lambda w: dict(
+        routes=[dict(teacher='one', data='words', samples='8')], routes_per_step='all'),
+    "teacher name 'half': .* none that torch uses": lambda w: dict(teachers=[dict(name='half', lora=w.one)]),
+    r'resolution: a number, or \[height, width\]': lambda w: dict(resolution=[24.0, 24]),
+    'betas: two numbers from 0 to below 1': lambda w: dict(betas=[0.9])}
 
 
 @pytest.mark.parametrize('says', MISTAKES)
@@ -2215,6 +2284,91 @@ def test_a_teacher_that_equals_the_base_is_refused(world, tmp_path):
     teachers = [dict(name='one', lora=world.one), dict(name='two', lora=str(tmp_path / 'null'))]
     with pytest.raises(BadInput, match="teacher 'two' has the velocity of the base: its weights do nothing"):
         world.distil(tmp_path / 'out', teachers=teachers, eval_samples=1)
+
+
+def test_a_model_that_lacks_tensors_is_named(world, tmp_path):
+    shutil.copytree(SHAPES / 'base', tmp_path / 'base')
+    file = next((tmp_path / 'base' / 'transformer').glob('*.safetensors'))
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({k: x for k, x in tensors.items() if 'blocks.3.ff' not in k}, file)
+    full = [dict(name='one', checkpoint=f'{tmp_path}/base')]
+    for what, more in (('checkpoint', dict(teachers=full, routes=[dict(teacher='one', data='words')])),
+                       ('model', dict(model=f'{tmp_path}/base'))):
+        with pytest.raises(BadInput, match=f'{what} {tmp_path}/base: its weights lack .*blocks.3.ff.*again'):
+            world.distil(tmp_path / what, **more)
+
+
+def test_a_resume_follows_new_settings_of_the_optimizer(world, tmp_path):
+    argv = world.opd(tmp_path / 'run', max_steps=1, save_every=1, eval_samples=1)
+    run(train_opd.main, argv)
+    out = run(train_opd.main, [*argv, '--max_steps=2', '--weight_decay=0.5', '--betas=[0.1, 0.2]',
+                               '--init_from=resume'])
+    now = state(out, 2)['optimizer']['param_groups'][0]
+    assert now['weight_decay'] == 0.5 and now['betas'] == (0.1, 0.2)
+
+
+def test_only_what_nobody_set_goes_with_another_model(tmp_path):
+    """The demonstration's held-out files and score mean nothing elsewhere, unless they are asked for."""
+    own = lambda *words: train_opd.own_settings(train_opd.SETTINGS, words)
+    assert own().score and own().eval_data
+    other = own('--model=elsewhere')
+    assert other.score == '' and other.eval_data == []
+    assert own('--model=elsewhere', f'--score={own().score}').score == own().score
+    (tmp_path / 'c.py').write_text(f'eval_data = {own().eval_data!r}')
+    assert own('--model=elsewhere', f'{tmp_path}/c.py').eval_data == own().eval_data
+
+
+def test_no_score_without_samples(world, tmp_path):
+    out = world.distil(tmp_path / 'run', max_steps=1, score=f'{SHAPES}/world.py:score', score_samples=0)
+    assert set(json.loads((out / 'result.json').read_text())['words']) == {'gap_before', 'gap_after'}
+
+
+def test_a_gradient_that_is_not_finite_is_named_too(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_opd, 'velocity_error', lambda v, v_t: (v - v).abs().sqrt().flatten(1).sum(1))
+    with pytest.raises(RuntimeError, match=r'2 updates in a row .*route (words|edits), sigma [01]\.\d{3}'):
+        world.distil(tmp_path / 'run', max_bad_steps=2)
+
+
+FEATURES = dict(
+    full_teacher=dict(teachers=[dict(name='one', checkpoint='FULL')], teacher_offload=True, anchor='base',
+                      anchor_beta=0.1, routes=[dict(teacher='one', data='words')]),
+    soft=dict(mixing='soft', routes=[dict(teacher='one', data='words')]),
+    noised_data=dict(states='data', query_space='sigma', query='low', data=['COUNT'],
+                     routes=[dict(teacher='one', data='count')]),
+    teacher_states=dict(states='teacher', routes_per_step='sample'),
+    guided=dict(method='diffusionopd', student_guidance=2.0, rollout_guidance=1.5, anchor='two',
+                anchor_beta=0.1,
+                teachers=[dict(name='one', lora='ONE', guidance=3.0), dict(name='two', lora='TWO')]),
+    sde=dict(method='diffusionopd', eta=0.7, sde='dance', kl_var='code', drop_last=1),
+    k1=dict(method='flowopd', eta=0.7, group_size=4, updates=2, reward='k1', student_guidance=2.0,
+            rollout_guidance=2.0, anchor='base', anchor_beta=0.1))
+
+
+@pytest.mark.parametrize('name', FEATURES)
+def test_forwards_are_as_many_as_the_table_says(name, world, tmp_path, monkeypatch):
+    """Each way to train is run, and what it costs is counted: samples in forwards of a step."""
+    if name == 'full_teacher':
+        merge_lora.main([f'--adapters={world.one}', f'--into_base={SHAPES}/base', f'--out={tmp_path}/full/'])
+    put = dict(FULL=f'{tmp_path}/full', ONE=world.one, TWO=world.two, COUNT=f'{SHAPES}/count.csv')
+    fill = lambda x: [*map(fill, x)] if isinstance(x, list) else {k: fill(v) for k, v in x.items()} \
+        if isinstance(x, dict) else put.get(x, x) if isinstance(x, str) else x
+    count, velocity = [0], train_opd.Field.velocity
+
+    def counted(self, z, sigma, cond):
+        count[0] += len(z)
+        return velocity(self, z, sigma, cond)
+    monkeypatch.setattr(train_opd.Field, 'velocity', counted)
+    seen = []
+    for n in (1, 3):                                           # what evaluation and checks cost is taken off
+        count[0] = 0
+        argv = world.opd(tmp_path / str(n), **fill(FEATURES[name]) | dict(max_steps=n))
+        run(train_opd.main, argv)
+        seen.append(count[0])
+    c = train_opd.own_settings(train_opd.SETTINGS, argv)
+    said = float(dict(train_opd.derived(c, train_opd.check(c)))['forwards a step'].split(',')[0])
+    exact = c.method != 'danceopd'                             # its query indices are drawn
+    assert (seen[1] - seen[0]) / 2 == pytest.approx(said, rel=1e-6 if exact else 0.25)
+    assert log(tmp_path / '3', 'skipped') == [0, 0, 0]
 
 
 def test_a_torn_line_in_the_log_does_not_stop_a_resume(world, tmp_path):
@@ -2339,8 +2493,10 @@ def test_a_teacher_resumes_bit_for_bit(method, world, tmp_path):
     resumes_exactly(train_teacher.main, argv, out, 4, 8)
     if method == 'sdpo':  # its buffers are part of the state, and were used
         meta = json.loads((out / 'step_000008' / 'meta.json').read_text())
-        memory = {(p, i): v for p, i, v in meta['state']}
+        memory = {(p, i): v for p, reward, i, v in meta['state']}
         assert len(memory) == 2 * 2 and max(map(len, memory.values())) == 20
+    if method != 'sft':
+        assert log(out, 'groups') == log(out.with_name('run_copy'), 'groups') == [4] * 8
     found = merge_lora.fit(merge_lora.read_adapter(out), merge_lora.model_shapes(SHAPES / 'base'))
     assert sorted(found) == sorted(LAYERS)  # the run folder is a teacher
 
@@ -2357,8 +2513,9 @@ def test_groups_without_a_difference_are_skipped_and_counted(method, world, tmp_
     reward = [dict(reward=f'{world.at}/judges.py:constant')]
     out = world.teach(tmp_path / 'run', reward=reward, max_steps=2, **TEACHERS[method])
     groups = 8 // TEACHERS[method]['group_size']
-    assert log(out, 'groups') == log(out, 'skipped_groups') == [groups, 2 * groups]
+    assert log(out, 'groups') == log(out, 'skipped_groups') == [groups, groups]
     assert log(out, 'skipped_share') == [1, 1]
+    assert log(out, 'kl') == ([] if method == 'grpo' else [0, 0])      # nothing was learned, or looked at
     if method == 'grpo':
         first, last = state(out, 0)['student'], state(out, 2)['student']
         assert all(torch.equal(first[k], last[k]) for k in first)
@@ -2375,7 +2532,20 @@ TEACHER_MISTAKES = {
     r'judges.py:nun: .* has no such function, did you mean nan\?': lambda w: dict(
         method='grpo', group_size=4, reward=[dict(reward=f'{w.at}/judges.py:nun')]),
     'best_of belongs to grpo; leave it at 0': lambda w: dict(method='sdpo', group_size=2, best_of=2),
-    'updates above 1 reuse a rollout': lambda w: dict(method='sft', updates=2),
+    'updates belongs to grpo or sdpo; leave it at 1': lambda w: dict(method='sft', updates=2),
+    'reward belongs to grpo or sdpo': lambda w: dict(method='sft', reward=[dict(reward='jpeg')]),
+    'updates = 3: at most one for each of the 2': lambda w: dict(method='sdpo', group_size=2, updates=3),
+    'leaves nothing of a rollout of 3': lambda w: dict(method='sdpo', group_size=2, drop_last=7),
+    'buffer = 8: SDPO uses it from 16': lambda w: dict(method='sdpo', group_size=2, buffer=8),
+    'gamma = 5.0: at most 1': lambda w: dict(method='sdpo', group_size=2, gamma=5.0),
+    'micro_batch = 1: the pairs of SDPO': lambda w: dict(method='sdpo', group_size=2, micro_batch=1),
+    "eta = 2.0: at most 1 with sde = 'cps'": lambda w: dict(method='grpo', group_size=4, sde='cps', eta=2.0),
+    "kl_var = 'code' is about": lambda w: dict(method='grpo', group_size=4, sde='cps', kl_var='code'),
+    'aesthetic reward needs safetensors': lambda w: dict(
+        method='grpo', group_size=4, reward=[dict(reward='aesthetic')]),
+    "reward {'reward': 5}: a dict": lambda w: dict(method='grpo', group_size=4, reward=[dict(reward=5)]),
+    "weight must be more than 0, not '1'": lambda w: dict(
+        method='grpo', group_size=4, reward=[dict(reward='jpeg', weight='1')]),
     'reward is empty': lambda w: dict(method='grpo', group_size=4, reward=[]),
     "reward 'jpeg': weight must be more than 0": lambda w: dict(
         method='grpo', group_size=4, reward=[dict(reward='jpeg', weight=0)])}
@@ -2395,6 +2565,74 @@ def test_a_reward_that_fails_stops_the_run_and_saves_the_sample(judge, says, wor
         world.teach(tmp_path / 'out', method='grpo', group_size=4, reward=reward)
     assert 'prompt' in json.loads((tmp_path / 'out' / 'reward_failed.json').read_text())
     assert files.load_image(tmp_path / 'out' / 'reward_failed.png', 24, 24).shape == (3, 24, 24)
+
+
+def test_after_a_failed_reward_nobody_is_asked_again(world, tmp_path):
+    """In training: evaluation is the first question, then a chunk is one. What is saved is what is named."""
+    reward = [dict(reward=f'{world.at}/judges.py:tired')]
+    with pytest.raises(RewardError, match='gave 1 values for 2 pictures') as e:
+        world.teach(tmp_path / 'out', method='grpo', group_size=2, reward=reward, micro_batch=2,
+                    eval_samples=2)
+    note = json.loads((tmp_path / 'out' / 'reward_failed.json').read_text())
+    assert f'"{note["prompt"]}"' in str(e.value)
+    assert len(files.load_function(f'{world.at}/judges.py:tired').__globals__['asked']) == 3
+
+
+def test_the_kl_to_the_base_is_seen_without_being_asked_for(world, tmp_path):
+    more = dict(method='grpo', group_size=4, max_steps=3)
+    free, held = (world.teach(tmp_path / str(b), kl_beta=b, **more) for b in (0.0, 1e-9))
+    assert log(free, 'kl')[0] == 0 and min(log(free, 'kl')[1:]) > 1e-9
+    same = lambda out: state(out, 3)['student'].values()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same(free), same(held)))
+
+
+@pytest.mark.parametrize('method', ['grpo', 'sdpo'])
+def test_no_reward_wins_by_its_scale(method, world, tmp_path):
+    bright = lambda name: [dict(reward=f'{SHAPES}/world.py:reward', weight=2.0),
+                           dict(reward=f'{world.at}/judges.py:{name}', weight=1.0)]
+    ends = [state(world.teach(tmp_path / k, reward=bright(k), **TEACHERS[method]), 4)['student']
+            for k in ('bright', 'very_bright')]
+    start = state(tmp_path / 'bright', 0)['student']
+    moved = max((ends[0][k] - start[k]).abs().max() for k in start)
+    assert all(torch.allclose(ends[0][k], ends[1][k], atol=0.02 * moved) for k in start)
+
+
+def test_buffered():
+    batch, past = [1.0, 2.0, 3.0], [0.0] * 8 + [4.0] * 8
+    assert train_teacher.buffered(4.0, past[:15], batch) == pytest.approx(2.0, abs=1e-5)
+    assert train_teacher.buffered(4.0, past, batch) == pytest.approx(2 / (64 / 15) ** 0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize('main, more', [
+    (train_teacher.main, dict(method='grpo', kl_beta=0.1)),
+    (train_opd.main, dict(method='flowopd', eta=0.7, init_from='merge'))])
+def test_a_group_larger_than_a_forward(main, more, world, tmp_path, monkeypatch):
+    """A group is compared as a whole, and learned from in forwards of micro_batch."""
+    seen, velocity = [], train_opd.Field.velocity
+    monkeypatch.setattr(train_opd.Field, 'velocity', lambda self, z, s, cond: (
+        seen.append(len(z)) if torch.is_grad_enabled() else None, velocity(self, z, s, cond))[1])
+    words = world.teacher if main is train_teacher.main else world.opd
+    moments = lambda out: state(out, 1)['optimizer']['state'].values()
+    flat = []
+    for size in (8, 1):
+        seen.clear()
+        argv = words(tmp_path / str(size), group_size=4, micro_batch=size, max_steps=1, **more)
+        out = run(main, argv)
+        assert max(seen) == (1 if size == 1 else 4 if main is train_opd.main else 8)
+        flat.append(torch.cat([x['exp_avg'].flatten() for x in moments(out)]))
+    assert flat[0].norm() > 0 and (flat[0] - flat[1]).norm() < 1e-4 * flat[0].norm()
+
+
+def test_sdpo_on_a_unet(tmp_path):
+    build('sd-turbo').pipe.save_pretrained(tmp_path / 'model')
+    (tmp_path / 'things.txt').write_text('\n'.join(WORDS))
+    settings = dict(model=f'{tmp_path}/model', data=[f'{tmp_path}/things.txt'], reward=[dict(reward='jpeg')],
+                    method='sdpo', device='cpu', resolution=list(SIZES[0]), steps=4, sample_steps=4,
+                    group_size=2, batch_size=4, micro_batch=4, max_steps=3, log_every=1, rank=2, lr=1e-2,
+                    eval_samples=2, show=1, max_sequence_length=LENGTH, out_dir=f'{tmp_path}/run')
+    out = run(train_teacher.main, [f'--{k}={v!r}' for k, v in settings.items()])
+    assert log(out, 'skipped') == [0, 0, 0] and all(x > 0 for x in log(out, 'grad_norm'))
+    assert log(out, 'kl')[-1] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2955,7 +3193,10 @@ def test_omniedit(tmp_path, parquet, capsys):
                 'smaller than', 'unreadable'):
         assert re.search(rf'\b1 skipped: .*{why}', printed), why
     row = got['global_edit'][0]
-    assert list(row) == ['prompt', 'task', 'source_image', 'target_image'] and row['task'] in ('style', 'env')
+    assert row['task'] == 'global_edit' and row['kind'] in ('style', 'env')
+    buckets, errors = read_data([tmp_path / 'out' / f'{k}_edit.csv' for k in ('local', 'global')])
+    assert not errors and {k: len(b) for k, b in buckets.items()} == {k: len(got[k]) for k in buckets}
+    assert list(buckets) == ['local_edit', 'global_edit']   # which configs name in their routes
     assert re.fullmatch(r'(style|env) it \d+', row['prompt'])
     pair = [Image.open(tmp_path / 'out' / row[k]) for k in ('source_image', 'target_image')]
     assert [p.size for p in pair] == [(16, 16)] * 2 and pair[0].getpixel((0, 0)) == (50, 0, 0)
@@ -2972,9 +3213,22 @@ def test_omniedit(tmp_path, parquet, capsys):
 def test_omniedit_limit_is_shared_by_the_tasks(tmp_path, parquet):
     source = parquet([example(i, task) for task in ('style', 'swap', 'env', 'removal') for i in range(9)])
     got = prepare(tmp_path, f'--source={source}', '--limit=8', '--held_out=0')
-    assert sorted(r['task'] for r in got['local_edit']) == ['removal'] * 2 + ['swap'] * 2
-    assert sorted(r['task'] for r in got['global_edit']) == ['env'] * 4 + ['style'] * 4
+    kinds = lambda name: sorted(r['kind'] for r in got[name])
+    assert kinds('local_edit') == ['removal'] * 2 + ['swap'] * 2
+    assert kinds('global_edit') == ['env'] * 4 + ['style'] * 4
     assert got['local_edit_val'] == []
+
+
+def test_omniedit_reads_no_further_than_the_limit(tmp_path, parquet):
+    """A share that nobody wants goes to the others, and is not waited for: the hub's stream is 3 TB long."""
+    rows = [example(i, task) for i in range(9) for task in ('style', 'env', 'swap')]
+    source = parquet(rows + [{**example(9, 'teleport')}])              # it would stop there
+    tasks = '--skip_tasks=["style", "addition", "removal", "attribute_modification"]'
+    got = prepare(tmp_path, f'--source={source}', '--limit=6', '--held_out=0', tasks)
+    assert [len(got[k]) for k in ('local_edit', 'global_edit')] == [6, 6]
+    assert {r['kind'] for r in got['global_edit']} == {'env'}
+    with pytest.raises(BadInput, match='leaves no task'):
+        prepare(tmp_path, f'--source={source}', tasks, '--local_tasks=[]', '--global_tasks=["style"]')
 
 
 def test_omniedit_bad_input(tmp_path, parquet):
@@ -2990,4 +3244,8 @@ def test_omniedit_bad_input(tmp_path, parquet):
     assert len(got['global_edit']) == 1
     parquet([{k: v for k, v in example(0, 'swap').items() if k != 'o_score'}], 'a')
     with pytest.raises(BadInput, match='o_score'):
+        prepare(tmp_path, f'--source={source}')
+    file = source / 'a.parquet'
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(BadInput, match='a.parquet cannot be read: fetch it again'):
         prepare(tmp_path, f'--source={source}')

@@ -421,6 +421,12 @@ def check_size(name, configs, height, width, editing):
          f'{" as a diptych" * (wide - 1)} is larger than this model\'s position table, {most * unit} pixels')
 
 
+def check_whole(net, what):
+    """diffusers leaves what a file lacks without memory."""
+    lost = [k for k, p in net.named_parameters() if p.is_meta]
+    need(not lost, f'{what}: its weights lack {len(lost)} tensors, as {lost[:1]}; fetch or make it again')
+
+
 def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_length=256,
                distilled_guidance=3.5):
     """A diffusers folder or hub id -> its field, with the weights loaded."""
@@ -441,6 +447,8 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
             'download it, or give a local folder; gated models need: hf auth login'
         raise BadInput(f'model {path} could not be loaded: {local}{REMAKE * ("shapes" in path)}. It said: '
                        f'{str(e).strip()[:300]}')
+    for part in (getattr(pipe, FAMILIES[name].prefix), pipe.vae):
+        check_whole(part, f'model {path}')
     if dtype != torch.float32 and name != 'ZImageOmniPipeline':  # Omni's pipeline encodes in its own dtype
         pipe.vae.to(torch.float32)
     return FAMILIES[name](pipe, device, max_sequence_length, distilled_guidance)
@@ -511,6 +519,7 @@ class Models:
                 said = said or str(e).strip()[:300]
         need(net, f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a diffusers '
              f'folder or hub id of the same family. It said: {said}')
+        check_whole(net, f'checkpoint {path}')
         for k in ('in_channels', 'out_channels'):
             need(net.config.get(k) == own.config.get(k),
                  f'checkpoint {path} has {k} {net.config.get(k)}, the base {own.config.get(k)}')
@@ -635,7 +644,9 @@ class Student:
         if self.ema:                                           # an average that is new starts from here
             ema = state['ema'] or self.tensors()
             self.ema = {n: x.to(self.params[n].device) for n, x in ema.items()}
+        now = {k: self.optimizer.param_groups[0][k] for k in ('betas', 'weight_decay')}
         self.optimizer.load_state_dict(state['optimizer'])
+        self.optimizer.param_groups[0].update(now)                     # a resume follows the settings
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -763,6 +774,12 @@ def rollout(velocity, z, sigmas, last, eta=0.0, kind='flow', generators=None):
             z = z + std * torch.stack(noise).to(z.device)
 
 
+def pick(t, k):
+    """Some samples of a trajectory: entries k of its lists, columns k of its tensors (steps, B, ...)."""
+    part = lambda x: x[:, k] if torch.is_tensor(x) else [x[j] for j in k] if isinstance(x, list) else x
+    return SimpleNamespace(**{name: part(x) for name, x in vars(t).items()})
+
+
 def sample(velocity, z, sigmas, eta=0.0, kind='flow', generators=None):
     """The whole way down: clean latents."""
     for _, _, x in rollout(velocity, z, sigmas, [len(sigmas) - 1] * len(z), eta, kind, generators):
@@ -848,12 +865,21 @@ def learning_rate(step, c):
 
 def own_settings(settings, argv):
     """The settings of this run. With another model the demonstration's eval_data and score mean nothing."""
-    c, default = configure(settings, argv), settings[0]
+    given = set()
+    c = configure(settings, argv, given)
     for k, none in (('eval_data', []), ('score', '')):
-        if c.model != default['model'] and getattr(c, k) == default[k]:
+        if c.model != settings[0]['model'] and k not in given:
             setattr(c, k, none)
     c.model = os.path.expanduser(c.model)
     return c
+
+
+def is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def check_number(what, x):
+    need(is_number(x) and x > 0, f'{what} must be more than 0, not {x!r}')
 
 
 def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
@@ -870,7 +896,12 @@ def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
             need(x >= least, f'{k} must be at least {least}, not {x}')
     need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
-    need(isinstance(c.resolution, int) or len(c.resolution) == 2, 'resolution: a number, or [height, width]')
+    sizes = [c.resolution] if isinstance(c.resolution, int) else c.resolution
+    need(len(sizes) <= 2 and all(type(x) is int for x in sizes), 'resolution: a number, or [height, width]')
+    need(len(c.betas) == 2 and all(is_number(x) and 0 <= x < 1 for x in c.betas),
+         f'betas: two numbers from 0 to below 1, not {c.betas}')
+    need(c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
+         "sigma' sin(eta pi / 2)")
     if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
         merge_lora.read_adapter(c.init_from)                           # there, whole and readable
 
@@ -888,8 +919,9 @@ class Run:
     """Models, words, log, checkpoints and loop of one run folder."""
 
     def __init__(self, c, d, plan, eval_rows, teachers=(), merged=None):
-        self.c, self.d, self.out, self.plan, self.notes, self.extra = c, d, Path(c.out_dir), plan, [], {}
-        self.skipped, self.bad, self.route, self.stop, self.step, self.t0 = 0, '?', '', 0, 0, time.time()
+        self.c, self.d, self.out, self.plan, self.notes = c, d, Path(c.out_dir), plan, []
+        self.skipped, self.bad, self.at, self.route, self.stop, self.step = 0, '', '?', '', 0, 0
+        self.t0 = time.time()
         self.first, self.state, self.world = 0, [], launch(c.device, c.tf32)
         world, path = self.world, lambda t: t.get('lora') or t.get('checkpoint') or c.model
         self.say = print if world.rank == 0 else lambda *a: None
@@ -969,7 +1001,8 @@ class Run:
         start, `draws` for what follows."""
         c, buckets = self.c, [self.d.buckets[r['data']] for r in routes]
         todo = plan(step, c.seed, routes, [*map(len, buckets)], c.batch_size, per_step, cycle, c.group_size)
-        todo = [s for s in todo if s.group % self.world.size == self.world.rank]
+        several = 1 if c.method == 'sdpo' else c.updates               # a process has a part of each update
+        todo = [s for s in todo if s.group // several % self.world.size == self.world.rank]
         for s in todo:
             s.data, s.label = buckets[s.route][s.row], routes[s.route]['data']
             s.noise = torch_rng(c.seed, step, s.group if same_noise else s.number, 'noise', same_noise)
@@ -985,8 +1018,7 @@ class Run:
 
     def parts(self, todo):
         """A rollout's groups, dealt to the optimizer steps that it is used for."""
-        n = self.c.updates
-        return [[s for s in todo if s.group // self.world.size % n == u] for u in range(n)]
+        return [[s for s in todo if s.group % self.c.updates == u] for u in range(self.c.updates)]
 
     def begin(self, todo, n, guidance=1.0, who='student'):
         """Gives samples their words and sources. Their states at sigmas[0], and a model to roll them out."""
@@ -1019,6 +1051,11 @@ class Run:
         t.logp = torch.stack([self.policy(t, i, t.v[i])[1] for i in range(n)])
         return t
 
+    def pieces(self, t):
+        """A trajectory's samples, as many at a time as a forward with gradient takes."""
+        n = self.c.micro_batch
+        return (pick(t, [*range(i, min(i + n, len(t.todo)))]) for i in range(0, len(t.todo), n))
+
     def policy(self, t, i, v=None):
         """The student's velocity at step i of a trajectory (one number, or one a sample), its log-probability
         of what was drawn there, and the state and sigmas it is about."""
@@ -1047,9 +1084,9 @@ class Run:
             one = {k: float(v[j]) for k, v in numbers.items()}
             by_route = {f'train_{k}/{s.label}': x for k, x in one.items() if k in ('gap', 'reward')}
             self.notes.append(one | by_route)
-            self.route = s.label
+            self.route, self.at = s.label, f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
             if not all(map(math.isfinite, one.values())):
-                self.bad = f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
+                self.bad = self.at
 
     def apply(self):
         """One optimizer step from the gradients that have gathered, on all processes."""
@@ -1058,8 +1095,10 @@ class Run:
                                           (self.step + 1) % c.ema_every == 0, float(self.stop > 0))
         self.skipped, self.stop = self.skipped + (not good), 2 if asked else self.stop
         if s.bad >= c.max_bad_steps:
-            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {self.bad}); lower '
-                               f'lr, or use dtype=float32. The last checkpoint in {self.out} is from before')
+            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at '
+                               f'{self.bad or self.at}); lower lr, or use dtype=float32. The last checkpoint '
+                               f'in {self.out} is from before')
+        self.bad = ''
 
     def at_start(self, prefix, now):
         """An evaluation as it was when the run began: after a resume the log has it."""
@@ -1096,15 +1135,16 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: it may end at once
 
     def report(self, done, bar, pace):
-        """One line, and an entry of log.jsonl: means of what was noted since the last, gaps by route."""
+        """One line, and an entry of log.jsonl: means of what was noted since the last one, some are sums."""
         notes, self.notes = gather(self.world, self.notes), []
         gpu = self.world.device.type == 'cuda'
         memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
         entry = dict(step=done, grad_norm=self.norm, lr=learning_rate(done - 1, self.c), skipped=self.skipped,
-                     seconds=round(time.time() - self.t0, 1), memory_gb=round(memory, 2), **self.extra)
+                     seconds=round(time.time() - self.t0, 1), memory_gb=round(memory, 2))
         for k in sorted({k for n in notes for k in n}):
             some = [n[k] for n in notes if k in n]
-            entry[k] = max(some) if k == 'ratio_off' else sum(some) / len(some)
+            total = k in ('groups', 'skipped_groups')
+            entry[k] = max(some) if k == 'ratio_off' else sum(some) / (1 if total else len(some))
         if self.world.rank == 0:
             self.log.add(entry)
             shown = 'loss gap reward kl sigma ratio_off grad_norm'.split()
@@ -1150,17 +1190,21 @@ def check(c):
          "without noise, where the KL has no value: set drop_last = 1 and kl_var = 'true'")
     need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base'")
     need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set both (Flow-OPD: 0.04)')
+    for x in c.teachers + c.routes:
+        need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes dict(teacher=..., '
+             'data=...)')
     names = [t.get('name') for t in c.teachers]
     for t in c.teachers:
         name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
         odd = set(t) - {'name', 'lora', 'checkpoint', 'guidance', 'weight'}
         need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: '
              'name, lora, checkpoint, guidance, weight')
-        need(str(name).isidentifier() and name not in ('student', 'default', None),
-             f'teacher name {name!r}: a word of letters, digits and _, and not "student" or "default"')
+        need(str(name).isidentifier() and name not in ('student', 'default', None, *dir(torch.nn.ModuleDict)),
+             f'teacher name {name!r}: a word of letters, digits and _, and none that torch uses as "half"')
         need(names.count(name) == 1, f'two teachers are called {name!r}; give each its own name')
         need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both lora and checkpoint')
-        need(t.get('weight', 1) > 0, f'teacher {name!r}: weight must be more than 0, not {t.get("weight")}')
+        check_number(f'teacher {name!r}: weight', t.get('weight', 1))
+        check_number(f'teacher {name!r}: guidance', t.get('guidance', 1))
         need(name != 'base' or not path, 'the name "base" is the frozen base\'s: give this teacher another')
         need(is_hub_id(path) or Path(path).expanduser().exists(),
              f'teacher {name!r}: {path} does not exist' + REMAKE * path.startswith('data/shapes'))
@@ -1176,9 +1220,9 @@ def check(c):
         need(not odd, f'route {r}: unknown {sorted(odd)}; known: teacher, data, weight, samples')
         need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: '
              f'{", ".join(names)}')
-        need(r.get('weight', 1) > 0, f'route {r.get("data")!r}: weight must be more than 0, not '
-             f'{r.get("weight")}')
+        check_number(f'route {r.get("data")!r}: weight', r.get('weight', 1))
         need('samples' not in r or every, "`samples` in a route needs routes_per_step = 'all'")
+        need(type(r.get('samples', 1)) is int, f'{r}: samples must be a whole number')
     need(len(set(labels)) == len(labels), f'two routes have the same data; each needs its own: {labels}')
     need(not c.cycle or c.routes_per_step == 1, 'cycle needs routes_per_step = 1')
     need(set(c.cycle) <= set(labels), f'cycle: {sorted(set(c.cycle) - set(labels))} are no bucket of a route')
@@ -1203,18 +1247,21 @@ def derived(c, d):
     """The table before step 0: what follows from the settings. Forwards count guidance twice."""
     two, world, size = lambda w: 1 if w == 1 else 2, int(os.environ.get('WORLD_SIZE', 1)), c.batch_size
     cost = {t['name']: two(t.get('guidance', 1.0)) for t in c.teachers}
-    asked = [cost[r['teacher']] for r in c.routes]
-    teacher = sum(cost.values()) if c.mixing == 'soft' else sum(asked) / len(asked)
+    parts = [r.get('samples', size // len(c.routes)) if c.routes_per_step == 'all' else r.get('weight', 1.0)
+             for r in c.routes]
+    teacher = sum(cost[r['teacher']] * p for r, p in zip(c.routes, parts)) / sum(parts)
+    teacher = sum(cost.values()) if c.mixing == 'soft' else teacher
     n, roll, learn = c.steps - c.drop_last, two(c.rollout_guidance), two(c.student_guidance)
+    held = learn if c.anchor else 0
     if c.method == 'danceopd':
         line = torch.linspace(1, 0, c.steps + 1)               # the schedule's shape hardly matters here
         last = [draw_indices(rng('mean', i), c.queries, line, c.query, c.query_space, i, 512)[-1]
                 for i in range(512)]
         each = dict(student=roll, teacher=teacher, data=0)[c.states]
-        forwards = sum(last) / 512 * each + c.queries * (teacher + learn)
+        forwards = sum(last) / 512 * each + c.queries * (teacher + learn + held)
     else:
         shared = c.method == 'diffusionopd' and c.rollout_guidance == c.student_guidance
-        forwards = n * (teacher + learn + (0 if shared else roll))
+        forwards = n * (teacher + learn + held + (0 if shared else roll))
     yield 'model', f'{c.model} ({d.family or "family unknown until fetched"}), {"%d x %d" % d.size} pixels'
     sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
     yield 'method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'
@@ -1337,21 +1384,25 @@ def main(argv):
         n = c.steps - c.drop_last
         rolled = [[run.trajectory(x, n, c.rollout_guidance) for x in run.chunks(part)]
                   for part in run.parts(todo)]
+        var = 'true' if c.reward == 'k1' else c.kl_var                 # a baseline has to be the very mean
+        kl = lambda v, v_t, s, s_next, var: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde, var)
         for t in itertools.chain(*rolled):
-            t.v_t = [target(t.todo, t.z[i], sigmas[i].expand(len(t.todo))) for i in range(n)]
+            t.v_t = torch.stack([target(t.todo, t.z[i], sigmas[i].expand(len(t.todo))) for i in range(n)])
+            t.advantage = torch.empty_like(t.logp)
+            for i in range(n):
+                _, logp_t, _, s, s_next = run.policy(t, i, t.v_t[i])
+                reward = flowopd_reward(c.reward, logp_t, t.logp[i], kl(t.v[i], t.v_t[i], s, s_next, var))
+                t.advantage[i] = group_advantage(reward, c.group_size, c.adv_clip)
         for part in rolled:
-            for t, i in itertools.product(part, range(n)):
+            for t, i in itertools.product(itertools.chain(*map(run.pieces, part)), range(n)):
                 v, logp, z, s, s_next = run.policy(t, i)
-                error = lambda v, v_t: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde, c.kl_var)
-                kl, logp_t = error(v, t.v_t[i]), run.policy(t, i, t.v_t[i])[1]
-                var = 'true' if c.reward == 'k1' else c.kl_var         # a baseline has to be the very mean
-                drawn = diffusionopd_loss(t.v[i], t.v_t[i], s, s_next, c.eta, c.sde, var)
-                reward = flowopd_reward(c.reward, logp_t, t.logp[i], drawn)
-                advantage = group_advantage(reward, c.group_size, c.adv_clip)
-                loss, ratio = flowopd_loss(logp, t.logp[i], kl, advantage, c.reward, c.clip_range, c.adv_clip)
+                error = lambda v, v_t: kl(v, v_t, s, s_next, c.kl_var)
+                loss, ratio = flowopd_loss(logp, t.logp[i], error(v, t.v_t[i]), t.advantage[i], c.reward,
+                                           c.clip_range, c.adv_clip)
                 backward(t.todo, loss, v, z, s, error, c.updates / n)
                 off = (ratio - 1).abs()
-                run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]),
+                v = v.detach()
+                run.note(t.todo, loss=error(v, t.v_t[i]), sigma=s, gap=relative_gap(v, t.v_t[i]),
                          ratio_off=off, clipped=(off > c.clip_range).float())
             run.apply()
 
@@ -1401,7 +1452,7 @@ def main(argv):
     after = evaluate(c.max_steps)
 
     result = {k: dict(gap_before=before[k], gap_after=after[k]) for k in labels}
-    judge = load_function(c.score) if c.score else None
+    judge = load_function(c.score) if c.score and c.score_samples else None
     for k in labels if judge else ():
         rows = run.eval_rows[k][:c.score_samples]
         who = dict(base=('base', None), teacher=(teacher_of[k], None), start=('student', run.start),

@@ -14,7 +14,7 @@ The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='o
 for sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out
 on purpose: value networks, reward models trained along the way, full fine-tuning.
 """
-import math, os, sys
+import itertools, math, os, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -26,14 +26,14 @@ import rewards
 import train_opd
 from configurator import collect, need
 from files import grid, load_function, load_image, score_mean
-from train_opd import (Run, check_data, check_settings, diffusionopd_loss, gather, group_advantage, ppo_loss,
-                       rng, torch_rng, velocity_error)
+from train_opd import (Run, check_data, check_number, check_settings, diffusionopd_loss, gather,
+                       group_advantage, pick, ppo_loss, rng, torch_rng, velocity_error)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
 method = 'sft'
-data: list = ['data/shapes/t2i.csv']
-eval_data: list = ['data/shapes/t2i_val.csv']
+data: list = ['data/shapes/count.csv']
+eval_data: list = ['data/shapes/count_val.csv']
 init_from = 'base'                  # or an adapter, or 'resume'
 rank = 16
 alpha = 32.0
@@ -42,7 +42,7 @@ lora_targets: list | None = None    # None: the family's
 sigmas = 'logit_normal'             # or 'uniform': where on the family's schedule noise levels are drawn
 prompt_dropout = 0.0                # share of samples with an empty prompt, so that guidance works later
 # rollouts of grpo and sdpo
-steps = 8                           # DanceGRPO 16, Flow-GRPO 10, SDPO 2 to 4
+steps = 8                           # DanceGRPO 16, Flow-GRPO 10
 sde = 'dance'                       # DanceGRPO 'dance' with eta 0.3, Flow-GRPO 'flow' with 0.7
 eta = 0.3
 guidance = 1.0                      # of the policy (Flow-GRPO 4.5)
@@ -56,7 +56,8 @@ adv_clip = 5.0
 global_std = False                  # divide advantages by the standard deviation of the whole batch instead
 best_of = 0                         # train only on the best and worst, so many of each group (0: all)
 updates = 1                         # optimizer steps a rollout; sdpo deals its shuffled steps among them
-kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04)
+kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04); at 0 it is only looked at, for the log
+kl_var = 'true'                     # 'code' leaves out the step's length, as Flow-GRPO's release does
 gamma = 0.99                        # sdpo: discount of later rewards, and weight of later steps
 buffer = 32                         # sdpo: returns remembered a prompt and step; used from 16 on
 # rewards: reward is a name of rewards.py, a URL, or file.py:function; each is normalised before adding
@@ -74,6 +75,7 @@ out_dir = 'out/teacher'
 sample_steps = 16
 score = ''                          # file.py:function; looked at in evaluations, never trained on
 eval_samples = 64
+ROLLOUT = 'steps sde eta group_size same_noise drop_last clip_range adv_clip updates kl_beta kl_var reward'
 OWN = collect(sys.modules[__name__])
 SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in train_opd.DISTILLATION}, **own}
                  for shared, own in zip(train_opd.SETTINGS, OWN))
@@ -124,6 +126,13 @@ def returns(r, gamma):
     return out
 
 
+def buffered(x, past, batch):
+    """SDPO's advantage of a return: against those remembered of its prompt and step, or, while these are
+    fewer than 16, against the whole batch's of its step."""
+    known = torch.tensor(list(past) if len(past) >= 16 else batch)
+    return (x - known.mean()) / (known.std() + 1e-6)
+
+
 def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
     """(w [(log p1 - log p1_old) - (log p2 - log p2_old)] - (A1 - A2))^2 for pairs in neighbouring places: the
     larger of this and the same with log-probabilities clipped to +-clip_range of the old. One a pair."""
@@ -137,7 +146,8 @@ def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
 # Training
 
 def check(c):
-    check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform')),
+    check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
+                           kl_var=('true', 'code')),
                    above='lr alpha clip_range adv_clip eta timestep_fraction')
     rl, G, world = c.method != 'sft', c.group_size, int(os.environ.get('WORLD_SIZE', 1))
     need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
@@ -145,30 +155,34 @@ def check(c):
     need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set '
          'group_size = 2')
     need(c.method != 'sdpo' or c.same_noise, 'same_noise = False: SDPO\'s pairs start from one noise')
-    need(c.method != 'sdpo' or c.updates <= c.steps, f'updates = {c.updates}: at most one for each of the '
-         f'{c.steps} steps')
-    need(c.timestep_fraction <= 1 and c.prompt_dropout <= 1, 'timestep_fraction and prompt_dropout are '
-         'shares, at most 1')
+    need(c.method != 'sdpo' or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a forward; at '
+         'least 2')
+    need(c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)')
+    for k in 'timestep_fraction prompt_dropout gamma'.split():
+        need(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
     need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
-    need(not rl or c.drop_last < c.steps or (c.method == 'sdpo' and c.sde != 'cps'),
-         f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
+    left = c.steps - c.drop_last
+    need(not rl or left > 0, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
+    need(c.method != 'sdpo' or c.updates <= left, f'updates = {c.updates}: at most one for each of the '
+         f'{left} steps that are trained')
     need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
+    need(c.sde != 'cps' or c.kl_var == 'true', "kl_var = 'code' is about 'flow' and 'dance'; with "
+         "sde = 'cps' leave it at 'true'")
     need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
          "adapter")
-    for method, names in (('grpo', 'timestep_fraction best_of global_std'), ('sdpo', 'gamma buffer'),
-                          ('sft', 'sigmas prompt_dropout')):
+    for method, names in dict(grpo='timestep_fraction best_of global_std', sdpo='gamma buffer',
+                              sft='sigmas prompt_dropout', grpo_or_sdpo=ROLLOUT).items():
         for k in names.split():
-            need(c.method == method or getattr(c, k) == SETTINGS[0][k], f'{k} belongs to {method}; leave it '
-                 f'at {SETTINGS[0][k]!r} with method = {c.method!r}')
-    need(rl or c.updates == 1, 'updates above 1 reuse a rollout; sft has none')
+            need(c.method in method or getattr(c, k) == SETTINGS[0][k], f'{k} belongs to '
+                 f'{method.replace("_", " ")}; leave it at {SETTINGS[0][k]!r} with method = {c.method!r}')
     unit = G * world * (c.updates if c.method == 'grpo' else 1)
     need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x '
          f'groups of {G} x updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
     need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
     for r in c.reward if rl else ():
-        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and 'reward' in r, f'reward {r!r}: a '
-             'dict(reward=..., weight=...)')
-        need(r.get('weight', 1.0) > 0, f'reward {r["reward"]!r}: weight must be more than 0')
+        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str),
+             f'reward {r!r}: a dict(reward=name, weight=number)')
+        check_number(f'reward {r["reward"]!r}: weight', r.get('weight', 1))
     for name in [r['reward'] for r in c.reward if rl] + [c.watch_reward] * bool(c.watch_reward):
         rewards.check(name)
     if c.score:
@@ -195,13 +209,26 @@ def main(argv):
     watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
     run = Run(c, d, plan_at, max(c.eval_samples, c.show))
     student, models = run.student, run.models
-    memory = {(p, i): deque(v, c.buffer) for p, i, v in run.state}     # sdpo's returns by prompt and step
-    count = dict(groups=0, skipped_groups=0)
+    memory = {tuple(k): deque(v, c.buffer) for *k, v in run.state}  # sdpo's returns by prompt, reward, step
+    looked, failed = set(), []
     path, fine = run.sigmas, run.field.sigmas(1000, *d.size) if c.method == 'sft' else None
 
     def ask_rewards(images, rows):
-        """All rewards of some pictures, one list each."""
-        return [torch.tensor(rewards.checked(name, f, images, rows, run.out)) for name, f, _ in judges]
+        """All rewards of some pictures, one list each. After a failure nobody is asked any more."""
+        if not failed:
+            try:
+                return [torch.tensor(rewards.checked(k, f, images, rows, run.out)) for k, f, _ in judges]
+            except rewards.RewardError as e:
+                failed.append(e)
+        raise failed[0]
+
+    def note_rewards(todo, values):
+        run.note(todo, reward=sum(w * v for (_, _, w), v in zip(judges, values)),
+                 **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
+
+    def note_groups(todo, alive):
+        dead = 1.0 - alive.float()
+        run.note(todo[::c.group_size], groups=dead + alive.float(), skipped_groups=dead, skipped_share=dead)
 
     def flow_matching(todo, step, backward=True):
         """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
@@ -224,28 +251,33 @@ def main(argv):
         return total
 
     def near_base(t, v, z, s, s_next):
-        """KL(student step || base step), one number a sample; nothing where it is not asked for."""
-        if not c.kl_beta:
-            return torch.zeros(len(z), device=z.device)
+        """KL(student step || base step), one number a sample, and the same for the log. With kl_beta = 0 it
+        is only looked at, once in a step."""
+        if not c.kl_beta and run.step in looked:
+            return 0.0, {}
+        looked.add(run.step)
         with torch.no_grad():
             v_base = run.velocity('base', t.todo, z, s, c.guidance)
-        return diffusionopd_loss(v, v_base, s, s_next, c.eta, c.sde)
+        kl = diffusionopd_loss(v, v_base, s, s_next, c.eta, c.sde, c.kl_var)
+        return kl if c.kl_beta else 0.0, dict(kl=kl.detach())
 
     def rolled(todo, n):
         """Trajectories and final latents. Rewards are asked in a thread, while the next chunk is sampled."""
         for some in run.chunks(todo):
+            if failed:
+                raise failed[0]
             t = run.trajectory(some, n, c.guidance)
             with torch.no_grad():
                 z, s = t.z[-1], path[n].expand(len(some))
-                t.x0 = z if n == c.steps else z - path[n] * run.velocity('student', some, z, s, c.guidance)
-            yield t
+                x0 = z if n == c.steps else z - path[n] * run.velocity('student', some, z, s, c.guidance)
+            yield t, x0
 
     def grpo(todo, step):
         """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
         n = c.steps - c.drop_last
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
-            jobs = [[(t, pool.submit(ask_rewards, run.field.decode(t.x0), [s.data for s in t.todo]))
-                     for t in rolled(p, n)] for p in run.parts(todo)]
+            jobs = [[(t, pool.submit(ask_rewards, run.field.decode(x0), [s.data for s in t.todo]))
+                     for t, x0 in rolled(p, n)] for p in run.parts(todo)]
             got = [[(t, job.result()) for t, job in part] for part in jobs]
         whole = None
         if c.global_std:                                       # of all chunks and processes
@@ -254,95 +286,76 @@ def main(argv):
         trained = sorted(rng(c.seed, step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction))))
         for part in got:
             for t, values in part:
-                total = sum(w * v for (_, _, w), v in zip(judges, values))
-                run.note(t.todo, reward=total,
-                         **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
+                note_rewards(t.todo, values)
                 advantage, alive = combined_advantage(values, [w for _, _, w in judges], c.group_size,
                                                       c.adv_clip, whole)
-                count['groups'] += len(alive)
-                count['skipped_groups'] += len(alive) - int(alive.sum())
+                note_groups(t.todo, alive)
                 use = alive.repeat_interleave(c.group_size)
                 use &= extremes(advantage, c.group_size, c.best_of) if c.best_of else True
-                if not use.any():
-                    continue
-                t, advantage = pick(t, use), advantage[use].to(device)
-                share = torch.tensor([s.share for s in t.todo], device=device) * c.updates / len(trained)
-                share *= c.group_size / c.best_of if c.best_of else 1
-                for i in trained:
+                t.advantage = advantage[None].to(device)
+                for t, i in itertools.product(run.pieces(pick(t, use.nonzero().flatten().tolist())), trained):
+                    share = torch.tensor([s.share for s in t.todo], device=device) * c.updates / len(trained)
+                    share *= c.group_size / c.best_of if c.best_of else 1
                     v, logp, z, s, s_next = run.policy(t, i)
-                    loss, ratio = ppo_loss(logp, t.logp[i], advantage, c.clip_range)
-                    kl = near_base(t, v, z, s, s_next)
+                    loss, ratio = ppo_loss(logp, t.logp[i], t.advantage[0], c.clip_range)
+                    kl, seen = near_base(t, v, z, s, s_next)
                     (share * (loss + c.kl_beta * kl)).sum().backward()
                     off = (ratio - 1).abs()
-                    run.note(t.todo, loss=loss.detach(), sigma=s, kl=kl.detach(), ratio_off=off,
-                             clipped=(off > c.clip_range).float())
+                    run.note(t.todo, loss=loss.detach(), sigma=s, ratio_off=off,
+                             clipped=(off > c.clip_range).float(), **seen)
             run.apply()
-
-    def pick(t, use):
-        """Some samples of a trajectory."""
-        k = use.nonzero().flatten().tolist()
-        return SimpleNamespace(guidance=t.guidance, todo=[t.todo[j] for j in k], z=t.z[:, k], v=t.v[:, k],
-                               logp=t.logp[:, k])
 
     def sdpo(todo, step):
         """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps."""
-        n = max(1, c.steps - c.drop_last)
-        ts, all_returns = [], []
+        n, ts, all_returns = c.steps - c.drop_last, [], []
         with ThreadPoolExecutor(1) as pool, torch.no_grad():
-            for t in rolled(todo, n):
+            for t, x0 in rolled(todo, n):
                 # dual states: after each step the noisy latent, and the clean picture predicted from it. (The
                 # prediction from the common first noise is the same for both and cannot tell them apart.)
                 later = [t.z[i] - path[i] * t.v[i] for i in range(1, n)]
-                t.clean = torch.stack([*later, t.x0])
+                t.clean = torch.stack([*later, x0])
                 B, steps_ = len(t.todo), len(t.clean)
                 middle = [rng(c.seed, step, s.group, 'anchor').randrange(1, steps_ - 1) if steps_ > 2 else 0
                           for s in t.todo]
                 asked = [torch.zeros(B, dtype=torch.long), torch.tensor(middle), torch.full((B,), steps_ - 1)]
-                t.asked = [q for k, q in enumerate(asked) if (k < 1 or steps_ > 1) and (k != 1 or steps_ > 2)]
-                rows = [s.data for s in t.todo] * len(t.asked)
-                pictures = run.field.decode(torch.cat([t.clean[q, torch.arange(B)] for q in t.asked]))
-                ts.append((t, pool.submit(ask_rewards, pictures, rows)))
-            for t, job in ts:
-                k = len(t.asked)
-                values = [v.view(k, -1).to(device) for v in job.result()]
-                mixed = sum(w * v for (_, _, w), v in zip(judges, values)) / sum(w for _, _, w in judges)
-                run.note(t.todo, reward=mixed[-1],
-                         **{f'reward/{name}': v[-1] for (name, _, _), v in zip(judges, values)})
-                t.returns = returns(interpolate(t.clean, t.asked, mixed), c.gamma)
-                all_returns += [(s.number, s.data['prompt'], t.returns[:, j].tolist())
+                asked = [q for k, q in enumerate(asked) if (k < 1 or steps_ > 1) and (k != 1 or steps_ > 2)]
+                rows = [s.data for s in t.todo] * len(asked)
+                pictures = run.field.decode(torch.cat([t.clean[q, torch.arange(B)] for q in asked]))
+                ts.append((t, asked, pool.submit(ask_rewards, pictures, rows)))
+            for t, asked, job in ts:
+                values = [v.view(len(asked), -1).to(device) for v in job.result()]
+                note_rewards(t.todo, [v[-1] for v in values])
+                t.returns = torch.stack([returns(interpolate(t.clean, asked, v), c.gamma) for v in values])
+                all_returns += [(s.number, s.data['prompt'], t.returns[:, :, j].tolist())
                                 for j, s in enumerate(t.todo)]
         everyone = sorted(gather(run.world, all_returns))      # the buffers are the same on all processes
-        for _, prompt, values in everyone:
-            for i, v in enumerate(values):
-                memory.setdefault((prompt, i), deque(maxlen=c.buffer)).append(v)
-        run.state = [(p, i, list(v)) for (p, i), v in memory.items()]
-        batch = torch.tensor([v for _, _, v in everyone])
-        for t, _ in ts:
-            t.advantage = torch.empty_like(t.returns)
-            for j, s in enumerate(t.todo):
-                for i in range(n):
-                    past = memory[s.data['prompt'], i]
-                    past = torch.tensor(list(past)) if len(past) >= 16 else batch[:, i]
-                    t.advantage[i, j] = ((t.returns[i, j].cpu() -
-                                          past.mean()) / (past.std() + 1e-6)).clamp(-c.adv_clip, c.adv_clip)
-            equal = (t.returns[:, 0::2] == t.returns[:, 1::2]).all(0)
-            count['groups'] += len(equal)
-            count['skipped_groups'] += int(equal.sum())
+        each = list(itertools.product(range(len(judges)), range(n)))
+        for (_, prompt, x), (r, i) in itertools.product(everyone, each):
+            memory.setdefault((prompt, r, i), deque(maxlen=c.buffer)).append(x[r][i])
+        run.state = [(*k, list(v)) for k, v in memory.items()]
+        batch = {(r, i): [x[r][i] for _, _, x in everyone] for r, i in each}
+        for t, *_ in ts:
+            t.advantage = torch.zeros_like(t.returns[0])
+            for (j, s), (r, i) in itertools.product(enumerate(t.todo), each):
+                t.advantage[i, j] += judges[r][2] * buffered(t.returns[r, i, j].item(),
+                                                             memory[s.data['prompt'], r, i], batch[r, i])
+            t.advantage.clamp_(-c.adv_clip, c.adv_clip)
+            note_groups(t.todo, (t.returns[..., 0::2] != t.returns[..., 1::2]).any(0).any(0))
             t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n)
                                     for s in t.todo]).T
-        for u in range(min(c.updates, n)):
-            for t, _ in ts:
-                for i in (i for k, i in enumerate(t.order) if k * min(c.updates, n) // n == u):
+        for u in range(c.updates):
+            for t, *_ in ts:
+                for i in (i for k, i in enumerate(t.order) if k * c.updates // n == u):
                     v, logp, z, s, s_next = run.policy(t, i)
                     b = torch.arange(len(i))
                     loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(device),
                                      c.clip_range)
-                    kl = near_base(t, v, z, s, s_next)
-                    share = torch.tensor([x.share for x in t.todo], device=device) * min(c.updates, n) / n
+                    kl, seen = near_base(t, v, z, s, s_next)
+                    share = torch.tensor([x.share for x in t.todo], device=device) * c.updates / n
                     ((2 * share[0::2] * loss).sum() + c.kl_beta * (share * kl).sum()).backward()
                     off = (logp - t.logp[i, b]).detach().abs()
-                    run.note(t.todo, loss=loss.detach().repeat_interleave(2), sigma=s, kl=kl.detach(),
-                             ratio_off=off, clipped=(off > c.clip_range).float())
+                    run.note(t.todo, loss=loss.detach().repeat_interleave(2), sigma=s, ratio_off=off,
+                             clipped=(off > c.clip_range).float(), **seen)
             run.apply()
 
     still = {}
@@ -384,7 +397,6 @@ def main(argv):
             run.apply()
         else:
             (grpo if c.method == 'grpo' else sdpo)(todo, run.step)
-            run.extra = dict(count, skipped_share=round(count['skipped_groups'] / max(1, count['groups']), 4))
     after = evaluate(c.max_steps)
     run.end({k: dict(before=before[k], after=after[k]) for k in after},
             ['loss', 'reward', 'kl', *(f'eval/{k}' for k in after)], 'evaluation')

@@ -11,9 +11,10 @@ eval_data = []
 reward = [dict(reward='pickscore', weight=1.0)]
 watch_reward = 'clip'
 
-rank = 32                                         # ours, as alpha, eta and lr
+rank = 32                                         # ours, down to eta
 alpha = 32.0
-steps = sample_steps = 4                          # from two to four, as the model is used
+steps = sample_steps = 4                          # as the model is used; the release samples with 50
+drop_last = 1                                     # DDIM's last step has no noise either
 sde = 'dance'
 eta = 0.3
 guidance = 1.0                                    # the model takes none
@@ -26,7 +27,8 @@ adv_clip = 5.0
 batch_size = 64
 micro_batch = 16
 betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
-lr = 1e-4
+lr = 6e-5                                         # the release's for PickScore; 1e-4 for the aesthetic
+weight_decay = 1e-4                               # the release's
 lr_schedule = 'constant'
 max_steps = 2000
 grad_checkpointing = True

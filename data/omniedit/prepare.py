@@ -1,8 +1,9 @@
 """
 OmniEdit, or any parquet files with its columns, as pairs for two buckets: images and CSVs (prompt, task,
-source_image, target_image; paths relative to the CSV), local_edit.csv and global_edit.csv for training,
-local_edit_val.csv and global_edit_val.csv held out. Both pictures of a pair get the same crop. A second
-run keeps the images that are there. Local files need pyarrow, the hub needs datasets (which brings pyarrow).
+source_image, target_image; paths relative to the CSV; `task` is the bucket, OmniEdit's own task is in
+`kind`), local_edit.csv and global_edit.csv for training, *_val.csv held out. Both pictures of a pair get the
+same crop. A second run keeps the images that are there. Local files need pyarrow, the hub needs datasets
+(which brings pyarrow).
 
 python data/omniedit/prepare.py --source=/disk/omniedit --limit=5000      a parquet file, or a folder of them
 python data/omniedit/prepare.py --split=dev --out=data/omniedit_dev       from the hub: 700 pairs, 1.5 GB
@@ -31,7 +32,7 @@ settings = collect(sys.modules[__name__])
 
 COLUMNS = ['omni_edit_id', 'task', 'src_img', 'edited_img', 'edited_prompt_list', 'o_score']
 PICTURES = ['src_img', 'edited_img']
-FIELDS = ['prompt', 'task', 'source_image', 'target_image']
+FIELDS = ['prompt', 'task', 'source_image', 'target_image', 'kind']
 
 
 def examples(source, split):
@@ -39,7 +40,10 @@ def examples(source, split):
     if not Path(source).exists():
         if not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source) or source.endswith('.parquet'):
             raise BadInput(f'source {source}: no such file or folder, and no name of a data set on the hub')
-        import datasets
+        try:
+            import datasets
+        except ImportError:
+            raise BadInput('to read from the hub: pip install datasets')
         try:
             rows = datasets.load_dataset(source, split=split, streaming=True).select_columns(COLUMNS)
         except (OSError, ValueError) as e:
@@ -48,16 +52,23 @@ def examples(source, split):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         yield from rows
         return
-    from pyarrow.parquet import ParquetFile
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise BadInput('to read parquet files: pip install pyarrow')
     files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob('*.parquet'))
     if not files:
         raise BadInput(f'source {source}: no parquet file in this folder')
     for file in files:
-        parquet = ParquetFile(file)
-        if missing := set(COLUMNS) - set(parquet.schema_arrow.names):
-            raise BadInput(f'{file} lacks the columns {sorted(missing)}; it has {parquet.schema_arrow.names}')
-        for batch in parquet.iter_batches(batch_size=16, columns=COLUMNS):  # a picture is 1 MB or more
-            yield from batch.to_pylist()
+        try:
+            parquet = ParquetFile(file)
+            if missing := set(COLUMNS) - set(parquet.schema_arrow.names):
+                raise BadInput(f'{file} lacks the columns {sorted(missing)}; it has '
+                               f'{parquet.schema_arrow.names}')
+            for batch in parquet.iter_batches(batch_size=16, columns=COLUMNS):  # a picture is 1 MB or more
+                yield from batch.to_pylist()
+        except (OSError, ValueError) as e:                     # pyarrow's own errors are of these
+            raise BadInput(f'{file} cannot be read: fetch it again. {e}') from e
 
 
 def crops(row, side):
@@ -85,8 +96,11 @@ def main(argv):
     if not (0 <= cfg.held_out < 1 and cfg.limit > 0 and cfg.resolution > 0):
         raise BadInput('held_out should be in [0, 1), limit and resolution above 0')
     buckets = {'local_edit': cfg.local_tasks, 'global_edit': cfg.global_tasks}
+    buckets = {bucket: [t for t in tasks if t not in cfg.skip_tasks] for bucket, tasks in buckets.items()}
     bucket_of = {task: bucket for bucket, tasks in buckets.items() for task in tasks}
     quota = {task: math.ceil(cfg.limit / len(buckets[bucket])) for task, bucket in bucket_of.items()}
+    if not quota:
+        raise BadInput('skip_tasks leaves no task')
     images = Path(cfg.out) / f'images_{cfg.resolution}'
     images.mkdir(parents=True, exist_ok=True)
     tables = {f'{bucket}{end}': [] for bucket in buckets for end in ('', '_val')}
@@ -112,7 +126,7 @@ def main(argv):
             for picture, file in zip(pair, files):
                 save(picture, Path(cfg.out) / file)
         val = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16 ** 8 < cfg.held_out
-        tables[bucket_of[task] + '_val' * val].append([prompt, task, *files])
+        tables[bucket_of[task] + '_val' * val].append([prompt, bucket_of[task], *files, task])
 
     with tqdm(total=sum(quota.values()), unit='pair') as bar:
         for row in examples(cfg.source, cfg.split):
@@ -134,7 +148,7 @@ def main(argv):
     for name, table in tables.items():
         with open(Path(cfg.out) / f'{name}.csv', 'w', newline='', encoding='utf-8') as file:
             csv.writer(file).writerows([FIELDS, *table])
-        print(f'{Path(cfg.out) / name}.csv: {len(table)} pairs', dict(Counter(task for _, task, *_ in table)))
+        print(f'{Path(cfg.out) / name}.csv: {len(table)} pairs', dict(Counter(kind for *_, kind in table)))
     for why, n in skipped.most_common():
         print(f'{n:8d} skipped: {why}')
 
