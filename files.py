@@ -163,15 +163,18 @@ def load_image(path, height, width):
 
 
 def grid(rows, path, captions=None, heads=None, scale=None):
-    """Rows of pictures (tensors in [0, 1] or None) as one PNG; captions below rows, heads above columns."""
+    """Rows of pictures (tensors in [0, 1] or None) as one PNG; captions below rows, heads above columns. A
+    column without any picture is left out."""
+    columns = itertools.zip_longest(heads or (), *rows)
+    heads, *rows = zip(*(x for x in columns if any(p is not None for p in x[1:])))
     h, w = next(x for r in rows for x in r if x is not None).shape[-2:]
     k = scale or max(1, 120 // h)
-    H, W, top, foot = h * k, w * k, 16 if heads else 0, 16 if captions else 0
-    wide = max(len(r) for r in rows) * (W + 4) + 4
+    H, W, top, foot = h * k, w * k, 16 if any(heads) else 0, 16 if captions else 0
+    wide = max(len(heads) * (W + 4) + 4, 420 if captions else 0)       # room for the words
     out = Image.new('RGB', (wide, top + len(rows) * (H + foot + 6) + 4), (245, 245, 245))
     pen = ImageDraw.Draw(out)
-    for j, head in enumerate(heads or ()):
-        pen.text((6 + j * (W + 4), 3), head, fill=(0, 0, 0))
+    for j, head in enumerate(heads):
+        pen.text((6 + j * (W + 4), 3), head or '', fill=(0, 0, 0))
     for i, r in enumerate(rows):
         y = top + i * (H + foot + 6) + 4
         for j, x in enumerate(r):
