@@ -896,8 +896,8 @@ def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
             need(x >= least, f'{k} must be at least {least}, not {x}')
     need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
-    sizes = [c.resolution] if isinstance(c.resolution, int) else c.resolution
-    need(len(sizes) <= 2 and all(type(x) is int for x in sizes), 'resolution: a number, or [height, width]')
+    sizes = [c.resolution] * 2 if isinstance(c.resolution, int) else c.resolution
+    need([type(x) for x in sizes] == [int, int], 'resolution: a number, or [height, width]')
     need(len(c.betas) == 2 and all(is_number(x) and 0 <= x < 1 for x in c.betas),
          f'betas: two numbers from 0 to below 1, not {c.betas}')
     need(c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
@@ -1394,7 +1394,7 @@ def main(argv):
                 reward = flowopd_reward(c.reward, logp_t, t.logp[i], kl(t.v[i], t.v_t[i], s, s_next, var))
                 t.advantage[i] = group_advantage(reward, c.group_size, c.adv_clip)
         for part in rolled:
-            for t, i in itertools.product(itertools.chain(*map(run.pieces, part)), range(n)):
+            for t, i in ((p, i) for t in part for p in run.pieces(t) for i in range(n)):
                 v, logp, z, s, s_next = run.policy(t, i)
                 error = lambda v, v_t: kl(v, v_t, s, s_next, c.kl_var)
                 loss, ratio = flowopd_loss(logp, t.logp[i], error(v, t.v_t[i]), t.advantage[i], c.reward,

@@ -228,7 +228,7 @@ def main(argv):
 
     def note_groups(todo, alive):
         dead = 1.0 - alive.float()
-        run.note(todo[::c.group_size], groups=dead + alive.float(), skipped_groups=dead, skipped_share=dead)
+        run.note(todo[::c.group_size], groups=torch.ones_like(dead), skipped_groups=dead, skipped_share=dead)
 
     def flow_matching(todo, step, backward=True):
         """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
