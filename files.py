@@ -164,9 +164,9 @@ def load_image(path, height, width):
 
 def grid(rows, path, captions=None, heads=None, scale=None):
     """Rows of pictures (tensors in [0, 1] or None) as one PNG; captions below rows, heads above columns. A
-    column without any picture is left out."""
+    column without any picture is left out, but for one whose head is '': a gap."""
     columns = itertools.zip_longest(heads or (), *rows)
-    heads, *rows = zip(*(x for x in columns if any(p is not None for p in x[1:])))
+    heads, *rows = zip(*(x for x in columns if x[0] == '' or any(p is not None for p in x[1:])))
     h, w = next(x for r in rows for x in r if x is not None).shape[-2:]
     k = scale or max(1, 120 // h)
     H, W, top, foot = h * k, w * k, 16 if any(heads) else 0, 16 if captions else 0

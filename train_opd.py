@@ -868,7 +868,7 @@ def own_settings(settings, argv):
     given = set()
     c = configure(settings, argv, given)
     for k, none in (('eval_data', []), ('score', '')):
-        if c.model != settings[0]['model'] and k not in given:
+        if c.model != settings[0]['model'] and k not in given and getattr(c, k) == settings[0][k]:
             setattr(c, k, none)
     c.model = os.path.expanduser(c.model)
     return c
@@ -1044,8 +1044,11 @@ class Run:
         """n steps of a stochastic rollout, kept for policy gradients: states, velocities, log p."""
         t, walk = SimpleNamespace(todo=todo, guidance=guidance), self.walk(todo, [n] * len(todo), guidance)
         states, velocities = [next(walk)[2]], []
+        few = self.c.micro_batch                               # forwards like those with gradient: one policy
         for s in self.sigmas[:n]:
-            velocities.append(self.velocity('student', todo, states[-1], s.expand(len(todo)), guidance))
+            parts = ((todo[i:i + few], states[-1][i:i + few]) for i in range(0, len(todo), few))
+            velocities.append(torch.cat([self.velocity('student', some, z, s.expand(len(z)), guidance)
+                                         for some, z in parts]))
             states.append(walk.send(velocities[-1])[2])
         t.z, t.v = torch.stack(states), torch.stack(velocities)
         t.logp = torch.stack([self.policy(t, i, t.v[i])[1] for i in range(n)])
@@ -1084,9 +1087,10 @@ class Run:
             one = {k: float(v[j]) for k, v in numbers.items()}
             by_route = {f'train_{k}/{s.label}': x for k, x in one.items() if k in ('gap', 'reward')}
             self.notes.append(one | by_route)
-            self.route, self.at = s.label, f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
+            self.route, here = s.label, f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
+            self.at = here if 'sigma' in one else self.at
             if not all(map(math.isfinite, one.values())):
-                self.bad = self.at
+                self.bad = here
 
     def apply(self):
         """One optimizer step from the gradients that have gathered, on all processes."""
@@ -1095,9 +1099,9 @@ class Run:
                                           (self.step + 1) % c.ema_every == 0, float(self.stop > 0))
         self.skipped, self.stop = self.skipped + (not good), 2 if asked else self.stop
         if s.bad >= c.max_bad_steps:
-            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at '
-                               f'{self.bad or self.at}); lower lr, or use dtype=float32. The last checkpoint '
-                               f'in {self.out} is from before')
+            where = self.bad or f'{self.at}, whose loss was finite'
+            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {where}); lower '
+                               f'lr, or use dtype=float32. The last checkpoint in {self.out} is from before')
         self.bad = ''
 
     def at_start(self, prefix, now):
@@ -1199,7 +1203,8 @@ def check(c):
         odd = set(t) - {'name', 'lora', 'checkpoint', 'guidance', 'weight'}
         need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: '
              'name, lora, checkpoint, guidance, weight')
-        need(str(name).isidentifier() and name not in ('student', 'default', None, *dir(torch.nn.ModuleDict)),
+        taken = {None, 'student', 'default', *dir(torch.nn.ModuleDict())}
+        need(str(name).isidentifier() and name not in taken,
              f'teacher name {name!r}: a word of letters, digits and _, and none that torch uses as "half"')
         need(names.count(name) == 1, f'two teachers are called {name!r}; give each its own name')
         need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both lora and checkpoint')
@@ -1247,8 +1252,8 @@ def derived(c, d):
     """The table before step 0: what follows from the settings. Forwards count guidance twice."""
     two, world, size = lambda w: 1 if w == 1 else 2, int(os.environ.get('WORLD_SIZE', 1)), c.batch_size
     cost = {t['name']: two(t.get('guidance', 1.0)) for t in c.teachers}
-    parts = [r.get('samples', size // len(c.routes)) if c.routes_per_step == 'all' else r.get('weight', 1.0)
-             for r in c.routes]
+    parts = [r.get('samples', size // len(c.routes)) if c.routes_per_step == 'all' else
+             c.cycle.count(r['data']) if c.cycle else r.get('weight', 1.0) for r in c.routes]
     teacher = sum(cost[r['teacher']] * p for r, p in zip(c.routes, parts)) / sum(parts)
     teacher = sum(cost.values()) if c.mixing == 'soft' else teacher
     n, roll, learn = c.steps - c.drop_last, two(c.rollout_guidance), two(c.student_guidance)

@@ -183,7 +183,9 @@ def check(c):
         need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str),
              f'reward {r!r}: a dict(reward=name, weight=number)')
         check_number(f'reward {r["reward"]!r}: weight', r.get('weight', 1))
-    for name in [r['reward'] for r in c.reward if rl] + [c.watch_reward] * bool(c.watch_reward):
+    names = [r['reward'] for r in c.reward if rl]
+    need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
+    for name in names + [c.watch_reward] * bool(c.watch_reward):
         rewards.check(name)
     if c.score:
         load_function(c.score)
@@ -209,7 +211,8 @@ def main(argv):
     watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
     run = Run(c, d, plan_at, max(c.eval_samples, c.show))
     student, models = run.student, run.models
-    memory = {tuple(k): deque(v, c.buffer) for *k, v in run.state}  # sdpo's returns by prompt, reward, step
+    names = [name for name, *_ in judges]
+    memory = {(p, name, i): deque(v, c.buffer) for p, name, i, v in run.state if name in names}  # of sdpo
     looked, failed = set(), []
     path, fine = run.sigmas, run.field.sigmas(1000, *d.size) if c.method == 'sft' else None
 
@@ -293,7 +296,8 @@ def main(argv):
                 use = alive.repeat_interleave(c.group_size)
                 use &= extremes(advantage, c.group_size, c.best_of) if c.best_of else True
                 t.advantage = advantage[None].to(device)
-                for t, i in itertools.product(run.pieces(pick(t, use.nonzero().flatten().tolist())), trained):
+                use = pick(t, use.nonzero().flatten().tolist())
+                for t, i in ((t, i) for t in run.pieces(use) for i in trained):
                     share = torch.tensor([s.share for s in t.todo], device=device) * c.updates / len(trained)
                     share *= c.group_size / c.best_of if c.best_of else 1
                     v, logp, z, s, s_next = run.policy(t, i)
@@ -331,14 +335,15 @@ def main(argv):
         everyone = sorted(gather(run.world, all_returns))      # the buffers are the same on all processes
         each = list(itertools.product(range(len(judges)), range(n)))
         for (_, prompt, x), (r, i) in itertools.product(everyone, each):
-            memory.setdefault((prompt, r, i), deque(maxlen=c.buffer)).append(x[r][i])
+            memory.setdefault((prompt, names[r], i), deque(maxlen=c.buffer)).append(x[r][i])
         run.state = [(*k, list(v)) for k, v in memory.items()]
         batch = {(r, i): [x[r][i] for _, _, x in everyone] for r, i in each}
         for t, *_ in ts:
             t.advantage = torch.zeros_like(t.returns[0])
             for (j, s), (r, i) in itertools.product(enumerate(t.todo), each):
                 t.advantage[i, j] += judges[r][2] * buffered(t.returns[r, i, j].item(),
-                                                             memory[s.data['prompt'], r, i], batch[r, i])
+                                                             memory[s.data['prompt'], names[r], i],
+                                                             batch[r, i])
             t.advantage.clamp_(-c.adv_clip, c.adv_clip)
             note_groups(t.todo, (t.returns[..., 0::2] != t.returns[..., 1::2]).any(0).any(0))
             t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n)
