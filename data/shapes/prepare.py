@@ -4,7 +4,7 @@ Makes the shapes world: prompts, edit pairs, a tiny SD3.5 trained from nothing, 
     python data/shapes/prepare.py                   everything; under two hours on one core, resumable
     python data/shapes/prepare.py --evaluate=True   only measures what is there, and draws the contact sheet
     python data/shapes/prepare.py --quick=True --out=out/quick   two minutes: the pipeline, not the quality
-    python data/shapes/prepare.py --out=out/half --base_stop=250 --teachers=[]   a half-trained base, for RL
+    python data/shapes/prepare.py --out=out/half --base_steps=7500 --base_stop=300 --teachers=[]   half a base
 
 The base is a complete StableDiffusion3Pipeline: hand-set identity VAE (pixels are latents), real tokenizers
 over the world's few words, frozen text encoders of random words, and a trained transformer of 2.3 million
