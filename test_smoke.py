@@ -1776,7 +1776,8 @@ def test_a_plan_depends_on_seed_and_step_alone(per_step):
 
 def test_any_number_of_processes_takes_the_same_samples():
     rows = [dict(prompt=str(i), source_image='') for i in range(40)]
-    c, d = SimpleNamespace(seed=5, batch_size=24, group_size=2), SimpleNamespace(buckets=dict(x=rows, y=rows))
+    c = SimpleNamespace(seed=5, batch_size=24, group_size=2, method='danceopd', updates=1)
+    d = SimpleNamespace(buckets=dict(x=rows, y=rows))
 
     def taken(size):
         got = []
