@@ -57,9 +57,10 @@ def parse_row(path, columns, lines):
         row = next(csv.DictReader(lines, columns, strict=True))
     else:
         row = {'prompt': next(lines).strip()}
-    if not isinstance(row, dict) or None in row:
-        raise ValueError('not a row with names' if not isinstance(row, dict) else
-                         f'{len(row[None])} fields more than columns: a text with a comma in it needs quotes')
+    if not isinstance(row, dict):
+        raise ValueError('not a row with names')
+    if None in row:
+        raise ValueError(f'{len(row[None])} fields more than columns: a text with a comma in it needs quotes')
     row = {k: v for k, v in row.items() if v is not None}
     if odd := [k for k in FIELDS if not isinstance(row.get(k, ''), str)]:
         raise ValueError(f'{odd[0]} should be text, not {row[odd[0]]!r}')

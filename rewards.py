@@ -109,7 +109,7 @@ def pickscore(device, name=PICKSCORE, processor=CLIP_H):
     return batched(lambda images, prompts: scale * (see(c, images) * read(c, prompts)).sum(-1))
 
 
-def aesthetic(device, weights='', name=CLIP_L):
+def aesthetic(device, weights, name=CLIP_L):
     from safetensors.torch import load_file
     n, gap = [768, 1024, 128, 64, 16, 1], torch.nn.Identity()  # where the published model has a dropout
     a, b, c, d, e = [torch.nn.Linear(*ends) for ends in zip(n, n[1:])]

@@ -890,14 +890,12 @@ def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
         need(getattr(c, k) in known, f'{k}: {getattr(c, k)!r} is not one of {", ".join(map(repr, known))}')
     for k, x in vars(c).items():
         if k in above.split():
-            need(x > 0, f'{k} must be more than 0, not {x}')
+            check_number(k, x)
         elif type(x) in (int, float) and k != 'seed':
             least = int(type(x) is int and k not in ('drop_last', 'warmup', 'score_samples', 'best_of'))
             need(x >= least, f'{k} must be at least {least}, not {x}')
     need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
     need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
-    sizes = [c.resolution] * 2 if isinstance(c.resolution, int) else c.resolution
-    need([type(x) for x in sizes] == [int, int], 'resolution: a number, or [height, width]')
     need(len(c.betas) == 2 and all(is_number(x) and 0 <= x < 1 for x in c.betas),
          f'betas: two numbers from 0 to below 1, not {c.betas}')
     need(c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
@@ -909,6 +907,7 @@ def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
 def check_data(c, labels, need_target=False):
     """Training and held-out buckets, every picture looked at; can the model take this size and sources?"""
     size = (c.resolution, c.resolution) if isinstance(c.resolution, int) else tuple(c.resolution)
+    need([type(x) for x in size] == [int, int], 'resolution: a number, or [height, width]')
     buckets, held = open_buckets(c.data, c.eval_data, labels, need_target)
     editing, (family, configs) = any(b.sources for b in buckets.values()), peek(c.model, c.family)
     check_size(family, configs, *size, editing)
@@ -996,13 +995,12 @@ class Run:
     def picture(self, path):
         return load_image(path, *self.d.size) / 2 + 0.5 if path else None
 
-    def mine(self, step, routes, per_step='sample', cycle=(), same_noise=False):
+    def mine(self, step, routes, per_step='sample', cycle=(), same_noise=False, updates=1):
         """This process's samples of a step, whole groups, with their row and random streams: `noise` for the
-        start, `draws` for what follows."""
+        start, `draws` for what follows. Of several updates that `parts` makes, it has as much of each."""
         c, buckets = self.c, [self.d.buckets[r['data']] for r in routes]
         todo = plan(step, c.seed, routes, [*map(len, buckets)], c.batch_size, per_step, cycle, c.group_size)
-        several = 1 if c.method == 'sdpo' else c.updates               # a process has a part of each update
-        todo = [s for s in todo if s.group // several % self.world.size == self.world.rank]
+        todo = [s for s in todo if s.group // updates % self.world.size == self.world.rank]
         for s in todo:
             s.data, s.label = buckets[s.route][s.row], routes[s.route]['data']
             s.noise = torch_rng(c.seed, step, s.group if same_noise else s.number, 'noise', same_noise)
@@ -1197,13 +1195,13 @@ def check(c):
     for x in c.teachers + c.routes:
         need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes dict(teacher=..., '
              'data=...)')
+    taken = {None, 'student', 'default', *dir(torch.nn.ModuleDict())}
     names = [t.get('name') for t in c.teachers]
     for t in c.teachers:
         name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
         odd = set(t) - {'name', 'lora', 'checkpoint', 'guidance', 'weight'}
         need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: '
              'name, lora, checkpoint, guidance, weight')
-        taken = {None, 'student', 'default', *dir(torch.nn.ModuleDict())}
         need(str(name).isidentifier() and name not in taken,
              f'teacher name {name!r}: a word of letters, digits and _, and none that torch uses as "half"')
         need(names.count(name) == 1, f'two teachers are called {name!r}; give each its own name')
@@ -1274,9 +1272,8 @@ def derived(c, d):
         f'; {size // world} on each of {world} process(es), {c.micro_batch} a forward'
     yield 'forwards a step', f'{forwards * size:.0f}, {forwards:.1f} a sample, teachers included'
     yield 'updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts'
-    for r in c.routes:
-        part = f'{r.get("samples", size // len(c.routes))} a step' if c.routes_per_step == 'all' else \
-            f'weight {r.get("weight", 1)}'
+    for r, p in zip(c.routes, parts):
+        part = f'{p} a step' if c.routes_per_step == 'all' else f'weight {r.get("weight", 1)}'
         yield f'route {r["data"]}', f'teacher {r["teacher"]}, {len(d.buckets[r["data"]])} rows, {part}'
 
 
@@ -1292,7 +1289,7 @@ def main(argv):
 
     def plan_at(run, step):
         """This process's samples of a step, with their teacher and query indices."""
-        todo = run.mine(step, c.routes, c.routes_per_step, c.cycle)
+        todo = run.mine(step, c.routes, c.routes_per_step, c.cycle, updates=c.updates)
         for s in todo:
             s.teacher, r = teacher_of[s.label], rng(c.seed, step, s.number, 'query')
             s.queries = draw_indices(r, c.queries, run.sigmas, c.query, c.query_space, s.slot, s.of)
@@ -1390,24 +1387,25 @@ def main(argv):
         rolled = [[run.trajectory(x, n, c.rollout_guidance) for x in run.chunks(part)]
                   for part in run.parts(todo)]
         var = 'true' if c.reward == 'k1' else c.kl_var                 # a baseline has to be the very mean
-        kl = lambda v, v_t, s, s_next, var: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde, var)
+        kl_of = lambda v, v_t, s, s_next, var: diffusionopd_loss(v, v_t, s, s_next, c.eta, c.sde, var)
         for t in itertools.chain(*rolled):
             t.v_t = torch.stack([target(t.todo, t.z[i], sigmas[i].expand(len(t.todo))) for i in range(n)])
             t.advantage = torch.empty_like(t.logp)
             for i in range(n):
                 _, logp_t, _, s, s_next = run.policy(t, i, t.v_t[i])
-                reward = flowopd_reward(c.reward, logp_t, t.logp[i], kl(t.v[i], t.v_t[i], s, s_next, var))
+                drawn = kl_of(t.v[i], t.v_t[i], s, s_next, var)
+                reward = flowopd_reward(c.reward, logp_t, t.logp[i], drawn)
                 t.advantage[i] = group_advantage(reward, c.group_size, c.adv_clip)
         for part in rolled:
             for t, i in ((p, i) for t in part for p in run.pieces(t) for i in range(n)):
                 v, logp, z, s, s_next = run.policy(t, i)
-                error = lambda v, v_t: kl(v, v_t, s, s_next, c.kl_var)
-                loss, ratio = flowopd_loss(logp, t.logp[i], error(v, t.v_t[i]), t.advantage[i], c.reward,
-                                           c.clip_range, c.adv_clip)
+                error = lambda v, v_t: kl_of(v, v_t, s, s_next, c.kl_var)
+                kl = error(v, t.v_t[i])
+                loss, ratio = flowopd_loss(logp, t.logp[i], kl, t.advantage[i], c.reward, c.clip_range,
+                                           c.adv_clip)
                 backward(t.todo, loss, v, z, s, error, c.updates / n)
                 off = (ratio - 1).abs()
-                v = v.detach()
-                run.note(t.todo, loss=error(v, t.v_t[i]), sigma=s, gap=relative_gap(v, t.v_t[i]),
+                run.note(t.todo, loss=kl.detach(), sigma=s, gap=relative_gap(v.detach(), t.v_t[i]),
                          ratio_off=off, clipped=(off > c.clip_range).float())
             run.apply()
 

@@ -204,7 +204,8 @@ def main(argv):
     if c.dry_run:
         return print('dry run: settings and data are fine')
     routes = [dict(data=k, weight=float(len(b))) for k, b in d.buckets.items()]
-    plan_at = lambda run, step: run.mine(step, routes, same_noise=c.same_noise and c.method != 'sft')
+    plan_at = lambda run, step: run.mine(step, routes, same_noise=c.same_noise and c.method != 'sft',
+                                       updates=c.updates if c.method == 'grpo' else 1)
     device = train_opd.launch(c.device, c.tf32).device                 # rewards first: their files may lack
     judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward
               if c.method != 'sft']
