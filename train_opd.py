@@ -374,7 +374,8 @@ class UNet(Field):
     def forward(self, z, sigma, cond):
         s, last = col(sigma), len(self.noise) - 1
         a, b = (1 - s) / (s ** 2 + (1 - s) ** 2).sqrt(), s / (s ** 2 + (1 - s) ** 2).sqrt()
-        x, k = z * (a + b), (sigma.double() / (1 - sigma.double())).cpu()
+        x, k = z * (a + b), sigma.cpu().double()                       # not every device has float64
+        k = k / (1 - k)
         hi = torch.searchsorted(self.noise, k).clamp(1, last)  # sigma -> t by the table, also between rows
         t = (hi - 1 + (k - self.noise[hi - 1]) / (self.noise[hi] - self.noise[hi - 1])).clamp(0, last)
         t = torch.where((t - t.round()).abs() < 0.02, t.round(), t).float().to(self.device)
@@ -431,10 +432,9 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
                distilled_guidance=3.5):
     """A diffusers folder or hub id -> its field, with the weights loaded."""
     name, _ = peek(path, family)
-    import transformers
-    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
-    import diffusers
-    diffusers.utils.logging.set_verbosity_error(), diffusers.utils.logging.disable_progress_bar()
+    import diffusers, transformers
+    for x in (diffusers.utils.logging, transformers.utils.logging):
+        x.set_verbosity_error(), x.disable_progress_bar()
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
         name, _ = peek(path, name or index['_class_name'])     # of a hub id it is known only now
@@ -675,6 +675,11 @@ def draw_indices(r, k, sigmas, bias='low', space='index', slot=0, of=1):
     return sorted(taken)
 
 
+def portions(routes, batch):
+    """How many of a step's samples each route has, where every route is in every step."""
+    return [r.get('samples', batch // len(routes)) for r in routes]
+
+
 def plan(step, seed, routes, sizes, batch, per_step='all', cycle=(), group=1):
     """The global batch of a step, a pure function: each sample's number, group, route, row, loss share
     and place in its route. So neither the number of processes nor a resume changes a sample."""
@@ -683,8 +688,7 @@ def plan(step, seed, routes, sizes, batch, per_step='all', cycle=(), group=1):
     if per_step == 'sample':
         who = [pick(g, 'route') for g in range(n)]
     elif per_step == 'all':
-        who = [i for i, r in enumerate(routes)
-               for _ in range(r.get('samples', batch // len(routes)) // group)]
+        who = [i for i, k in enumerate(portions(routes, batch)) for _ in range(k // group)]
     else:
         who = [[r['data'] for r in routes].index(cycle[step % len(cycle)]) if cycle else pick('route')] * n
     out = []
@@ -902,6 +906,14 @@ def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
          "sigma' sin(eta pi / 2)")
     if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
         merge_lora.read_adapter(c.init_from)                           # there, whole and readable
+
+
+def check_owners(c, defaults, owners):
+    """Settings that belong to one method or two are left alone with the others: nothing is set in vain."""
+    for names, methods in owners.items():
+        for k in names.split():
+            need(c.method in methods or getattr(c, k) == defaults[k], f'{k} belongs to {methods}; leave it '
+                 f'at {defaults[k]!r} with method = {c.method!r}')
 
 
 def check_data(c, labels, need_target=False):
@@ -1181,10 +1193,8 @@ def check(c):
     need(not flow or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has eta = 0.7')
     need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the policy that drew the '
          'samples: rollout_guidance and student_guidance must be equal')
-    need(flow or c.updates == 1, 'updates above 1 reuse a rollout, which only flowopd can correct for')
-    need(dance or c.states == 'student', f'states = {c.states!r} is an ablation of danceopd')
-    need(dance or c.queries == 1, 'queries belong to danceopd; the other methods learn from every state')
-    need(not dance or not c.drop_last, 'drop_last belongs to the methods that learn from every state')
+    check_owners(c, SETTINGS[0], {'states queries': 'danceopd', 'drop_last': 'diffusionopd or flowopd',
+                                  'updates': 'flowopd'})
     need(c.kl_var == 'true' or (c.eta and not dance), "kl_var = 'code' is about an SDE's variance: it needs "
          "eta above 0, and diffusionopd or flowopd")
     need(c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
@@ -1192,21 +1202,22 @@ def check(c):
          "without noise, where the KL has no value: set drop_last = 1 and kl_var = 'true'")
     need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base'")
     need(not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set both (Flow-OPD: 0.04)')
-    for x in c.teachers + c.routes:
-        need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes dict(teacher=..., '
-             'data=...)')
+    for what, some, known in (('teacher', c.teachers, 'name lora checkpoint guidance weight'),
+                              ('route', c.routes, 'teacher data weight samples')):
+        for x in some:
+            need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes dict(teacher=..., '
+                 'data=...)')
+            odd = sorted(set(x) - set(known.split()))
+            need(not odd, f'{what} {x}: unknown {odd}; known: {known}')
+            check_number(f'{what} {x.get("name") or x.get("data")!r}: weight', x.get('weight', 1))
     taken = {None, 'student', 'default', *dir(torch.nn.ModuleDict())}
     names = [t.get('name') for t in c.teachers]
     for t in c.teachers:
         name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
-        odd = set(t) - {'name', 'lora', 'checkpoint', 'guidance', 'weight'}
-        need(not odd, f'teacher {name!r}: unknown {sorted(odd)}; known: '
-             'name, lora, checkpoint, guidance, weight')
         need(str(name).isidentifier() and name not in taken,
              f'teacher name {name!r}: a word of letters, digits and _, and none that torch uses as "half"')
         need(names.count(name) == 1, f'two teachers are called {name!r}; give each its own name')
         need(not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both lora and checkpoint')
-        check_number(f'teacher {name!r}: weight', t.get('weight', 1))
         check_number(f'teacher {name!r}: guidance', t.get('guidance', 1))
         need(name != 'base' or not path, 'the name "base" is the frozen base\'s: give this teacher another')
         need(is_hub_id(path) or Path(path).expanduser().exists(),
@@ -1219,18 +1230,15 @@ def check(c):
     labels, world, every = [r.get('data') for r in c.routes], int(os.environ.get('WORLD_SIZE', 1)), \
         c.routes_per_step == 'all'
     for r in c.routes:
-        odd = set(r) - {'teacher', 'data', 'weight', 'samples'}
-        need(not odd, f'route {r}: unknown {sorted(odd)}; known: teacher, data, weight, samples')
         need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: '
              f'{", ".join(names)}')
-        check_number(f'route {r.get("data")!r}: weight', r.get('weight', 1))
         need('samples' not in r or every, "`samples` in a route needs routes_per_step = 'all'")
         need(type(r.get('samples', 1)) is int, f'{r}: samples must be a whole number')
     need(len(set(labels)) == len(labels), f'two routes have the same data; each needs its own: {labels}')
     need(not c.cycle or c.routes_per_step == 1, 'cycle needs routes_per_step = 1')
     need(set(c.cycle) <= set(labels), f'cycle: {sorted(set(c.cycle) - set(labels))} are no bucket of a route')
     if every:
-        parts = [r.get('samples', B // len(labels)) for r in c.routes]
+        parts = portions(c.routes, B)
         need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples sum to {sum(parts)}: set it so')
         need(all(p > 0 and p % G == 0 for p in parts), f'samples {parts} must be multiples of group_size {G}')
     unit = G * world * c.updates
@@ -1250,8 +1258,8 @@ def derived(c, d):
     """The table before step 0: what follows from the settings. Forwards count guidance twice."""
     two, world, size = lambda w: 1 if w == 1 else 2, int(os.environ.get('WORLD_SIZE', 1)), c.batch_size
     cost = {t['name']: two(t.get('guidance', 1.0)) for t in c.teachers}
-    parts = [r.get('samples', size // len(c.routes)) if c.routes_per_step == 'all' else
-             c.cycle.count(r['data']) if c.cycle else r.get('weight', 1.0) for r in c.routes]
+    parts = portions(c.routes, size) if c.routes_per_step == 'all' else \
+        [c.cycle.count(r['data']) if c.cycle else r.get('weight', 1.0) for r in c.routes]
     teacher = sum(cost[r['teacher']] * p for r, p in zip(c.routes, parts)) / sum(parts)
     teacher = sum(cost.values()) if c.mixing == 'soft' else teacher
     n, roll, learn = c.steps - c.drop_last, two(c.rollout_guidance), two(c.student_guidance)

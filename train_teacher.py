@@ -26,7 +26,7 @@ import rewards
 import train_opd
 from configurator import collect, need
 from files import grid, load_function, load_image, score_mean
-from train_opd import (Run, check_data, check_number, check_settings, diffusionopd_loss, gather,
+from train_opd import (Run, check_data, check_number, check_owners, check_settings, diffusionopd_loss, gather,
                        group_advantage, pick, ppo_loss, rng, torch_rng, velocity_error)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -170,11 +170,8 @@ def check(c):
          "sde = 'cps' leave it at 'true'")
     need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
          "adapter")
-    for method, names in dict(grpo='timestep_fraction best_of global_std', sdpo='gamma buffer',
-                              sft='sigmas prompt_dropout', grpo_or_sdpo=ROLLOUT).items():
-        for k in names.split():
-            need(c.method in method or getattr(c, k) == SETTINGS[0][k], f'{k} belongs to '
-                 f'{method.replace("_", " ")}; leave it at {SETTINGS[0][k]!r} with method = {c.method!r}')
+    check_owners(c, SETTINGS[0], {'timestep_fraction best_of global_std': 'grpo', 'gamma buffer': 'sdpo',
+                                  'sigmas prompt_dropout': 'sft', ROLLOUT: 'grpo or sdpo'})
     unit = G * world * (c.updates if c.method == 'grpo' else 1)
     need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x '
          f'groups of {G} x updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
