@@ -2245,7 +2245,8 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     'updates belongs to flowopd; leave it at 1 with': lambda w: dict(updates=2),
     'drop_last belongs to diffusionopd or flowopd': lambda w: dict(drop_last=1),
     "unknown .'guidence'.; known: name lora": lambda w: dict(teachers=[dict(name='one', guidence=2)]),
-    "unknown .'wieght'.; known: teacher data": lambda w: dict(routes=[dict(teacher='one', data='t2i', wieght=2)]),
+    "unknown .'wieght'.; known: teacher data": lambda w: dict(
+        routes=[dict(teacher='one', data='t2i', wieght=2)]),
     "anchor: no teacher is called 'three'": lambda w: dict(anchor='three', anchor_beta=0.04),
     'group_size = 1: Flow-OPD compares': lambda w: dict(method='flowopd', eta=0.7),
     "kl_var = 'code' is about an SDE's variance": lambda w: dict(method='diffusionopd', kl_var='code'),

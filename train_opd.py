@@ -1205,8 +1205,8 @@ def check(c):
     for what, some, known in (('teacher', c.teachers, 'name lora checkpoint guidance weight'),
                               ('route', c.routes, 'teacher data weight samples')):
         for x in some:
-            need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes dict(teacher=..., '
-                 'data=...)')
+            need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes '
+                 'dict(teacher=..., data=...)')
             odd = sorted(set(x) - set(known.split()))
             need(not odd, f'{what} {x}: unknown {odd}; known: {known}')
             check_number(f'{what} {x.get("name") or x.get("data")!r}: weight', x.get('weight', 1))
