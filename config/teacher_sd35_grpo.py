@@ -1,7 +1,6 @@
 # Flow-GRPO (2505.05470) with PickScore: its published settings for SD3.5-medium.
 # Memory: about 30 GB (estimated: base in bf16 5 GB, adapter 1 GB, PickScore 4 GB, activations of 24 samples
-# with guidance). Published on 32 GPUs: on few, take a smaller batch_size, a multiple of 24 x updates x
-# GPUs.
+# with guidance). Published on 32 GPUs: on few, take less batch_size, a multiple of 24 x updates x GPUs.
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
 resolution = 512
@@ -14,8 +13,7 @@ watch_reward = 'clip'                             # ours: falls when the picture
 rank = 32
 alpha = 64.0
 steps = 10
-sde = 'flow'
-eta = 0.7
+sde, eta = 'flow', 0.7
 guidance = 4.5
 group_size = 24
 same_noise = False
