@@ -555,6 +555,19 @@ def test_cached_prompts_and_batches_change_nothing(name, tmp_path):
         assert off(mixed, v) > 1e-2                            # the prompts do count
 
 
+@pytest.mark.parametrize('name', ['sd3', 'omni', 'sdxl'])
+def test_words_are_brought_to_the_device_once(name):
+    field = copy.copy(shared(name))
+    prompts = T.Prompts(field)
+    prompts.add([(WORDS[0], False), ('', False)], keep=True)
+    field.device = torch.device('meta')                        # anything that is not the CPU
+    cond, empty = prompts.conditions([dict(prompt=WORDS[0])] * 3, *SIZES[0])
+    for some in (cond, empty):
+        found = [x for c in some for v in c.values() for x in (v if isinstance(v, list) else [v])]
+        assert found and all(x.device.type == 'meta' for x in found)
+        assert all(c['text'] is some[0]['text'] for c in some)
+
+
 # -------------------- 4. adapters
 def random_adapter(net, targets, seed, rank=4, scale=2.0):
     g = torch.Generator().manual_seed(seed)
@@ -631,6 +644,22 @@ def test_student_and_teachers_share_a_base(name, tmp_path):
             assert off(other.velocity(*at), t) < 1e-4 * (1 + t.abs().max())
         assert off(t, bare) > 1e-2 and off(t, v) > 1e-2
     assert off(*teachers) > 1e-2 and off(v, bare) > 1e-2
+
+
+def test_in_bfloat16_a_layer_of_the_student_reads_what_the_base_reads(tmp_path):
+    """PEFT would make a float32 copy of each input, which autocast rounds back: the same numbers."""
+    field, models, student, (z, s, cond), _ = household('sd3', tmp_path)
+    field.net.to(torch.bfloat16), setattr(field, 'dtype', torch.bfloat16)
+    for p in student.params.values():
+        p.data = p.data.float()
+    seen = []
+    field.net.get_submodule(student.names[0]).lora_A['student'].register_forward_hook(
+        lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+    v = models.velocity('student', z, s, cond)
+    for layer in models.layers:
+        layer.cast_input_dtype_enabled = True
+    assert torch.equal(models.velocity('student', z, s, cond), v)
+    assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
 
 
 @pytest.mark.parametrize('name', EACH)

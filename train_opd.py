@@ -16,8 +16,8 @@ Left out on purpose: full fine-tuning (a LoRA student shares its base with every
 frozen), step distillation, adversarial losses; learning from rewards is train_teacher.py's.
 One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 """
-import atexit, contextlib, copy, itertools, json, math, os, random, resource
-import signal, sys, time, warnings
+import atexit, contextlib, copy, functools, itertools, json, math, os, random
+import resource, signal, sys, time, warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -528,6 +528,8 @@ class Models:
     def refresh(self):
         from peft.tuners.tuners_utils import BaseTunerLayer
         self.layers = [m for m in self.field.net.modules() if isinstance(m, BaseTunerLayer)]
+        for m in self.layers:                  # autocast does it; PEFT would copy every input once more
+            m.cast_input_dtype_enabled = False
         for n, p in self.field.net.named_parameters():         # attaching an adapter makes it trainable
             p.requires_grad_('.student.' in n)
 
@@ -745,10 +747,13 @@ class Prompts:
 
     @torch.no_grad()
     def conditions(self, rows, height, width):
-        """Rows -> (cond, empty): what a field takes, and the same without the words, for guidance."""
+        """Rows -> (cond, empty): what a field takes, and the same without the words, for guidance. It is on
+        the device, brought there once for all the forwards to come."""
+        move = lambda x: [*map(move, x)] if isinstance(x, list) else x.to(self.field.device)
+        here = functools.cache(lambda *key: {k: move(x) for k, x in self[key].items()})
         sources = [self.field.encode_source(r['source_image'], height, width) if r.get('source_image') else {}
                    for r in rows]
-        return tuple([{**self[p, bool(s)], **s} for p, s in zip(prompts, sources)]
+        return tuple([{**here(p, bool(s)), **s} for p, s in zip(prompts, sources)]
                      for prompts in ([r['prompt'] for r in rows], [''] * len(rows)))
 
 
@@ -1093,8 +1098,9 @@ class Run:
 
     def note(self, todo, **numbers):
         """For the log: numbers of each sample; where one is not finite, route and sigma are remembered."""
+        columns = {k: v.tolist() for k, v in numbers.items()}          # one wait for the device a number
         for j, s in enumerate(todo):
-            one = {k: float(v[j]) for k, v in numbers.items()}
+            one = {k: v[j] for k, v in columns.items()}
             by_route = {f'train_{k}/{s.label}': x for k, x in one.items() if k in ('gap', 'reward')}
             self.notes.append(one | by_route)
             self.route, here = s.label, f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
