@@ -5,7 +5,7 @@ them, --key=value overrides one, the later wins. A typo or a wrong type is an er
 python train_opd.py config/some_run.py --steps=100 --lr 1e-4 --compile
 python train_opd.py --help
 """
-import ast, copy, difflib, pathlib, sys, traceback, types, typing
+import ast, copy, difflib, os, pathlib, sys, traceback, types, typing
 
 
 class BadInput(Exception):
@@ -115,13 +115,18 @@ def configure(settings, argv, given=None):
 
 
 def run(main):
-    """Calls main with the command line's words; what one can mend is shown as one line, no traceback."""
-    name = pathlib.Path(sys.argv[0]).name
+    """Calls main with the command line's words; what one can mend is shown as one line, no traceback. Of
+    several processes one that fails ends at once: others may wait for it, and it must not wait for them."""
+    name, alone = pathlib.Path(sys.argv[0]).name, os.environ.get('WORLD_SIZE', '1') == '1'
     try:
-        main(sys.argv[1:])
-    except BadInput as e:
-        print(f'{name}: {e}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
-        sys.exit(130)
+        return main(sys.argv[1:])
+    except (BadInput, KeyboardInterrupt) as e:
+        code = 2 if isinstance(e, BadInput) else 130
+        print(f'{name}: {e if code == 2 else "interrupted"}', file=sys.stderr)
+    except Exception:
+        if alone:
+            raise
+        code = traceback.print_exc() or 1
+    if not alone:
+        sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
+    sys.exit(code)

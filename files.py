@@ -4,7 +4,7 @@ Files other than adapters: rows of data in, pictures and checkpoints out. No mod
 Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (paths relative to the file), or a
 text file with a prompt a line. A run has log.jsonl, samples/, checkpoints step_*/ with a link `latest`.
 """
-import array, csv, difflib, functools, hashlib, importlib.util, itertools, json, math, os, shutil, sys
+import array, csv, difflib, functools, hashlib, importlib.util, itertools, json, math, os, shutil, sys, time
 from pathlib import Path
 
 import torch
@@ -233,8 +233,10 @@ class Log:
         self.path.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
         if wandb_log:
             import wandb
-            name = self.path.parent.name
-            self.wandb = wandb.init(project=wandb_project, name=name, id=name, resume='allow',
+            name, mark = self.path.parent.name, self.path.with_name('wandb_id')  # another run has another id
+            if resumed is None or not mark.exists():
+                mark.write_text(f'{name}-{time.time_ns():x}')
+            self.wandb = wandb.init(project=wandb_project, name=name, id=mark.read_text(), resume='allow',
                                     config=settings)
 
     def add(self, entry):

@@ -746,6 +746,8 @@ def test_a_saved_folder_opens_as_its_family(name, tmp_path):
         assert off(opened.velocity(z, s, conditions(opened, WORDS[:2])[0]), field.velocity(z, s, cond)) < 1e-5
     low = T.open_field(str(folder), torch.bfloat16)
     assert low.net.dtype == torch.bfloat16 and (low.vae.dtype == torch.bfloat16) == (name == 'omni')
+    both = zip(low.vae.parameters(), opened.vae.parameters())  # never rounded on the way
+    assert name == 'omni' or all(torch.equal(a, b) for a, b in both)
 
     index = json.loads((folder / 'model_index.json').read_text())
     (folder / 'model_index.json').write_text(json.dumps(index | {'_class_name': 'MochiPipeline'}))
@@ -1026,6 +1028,18 @@ def test_run_exit_codes(tmp_path):
             [sys.executable, '-c', code.format(raised)], cwd=ROOT, capture_output=True, text=True
         )
         assert (p.returncode, p.stderr) == (rc, err)
+
+
+@pytest.mark.parametrize('raised, code, err', [('BadInput("mend me")', 2, 'mend me'),
+                                               ('ValueError("odd")', 1, 'ValueError: odd'),
+                                               ('SystemExit(0)', 0, '')])
+def test_of_several_processes_one_that_fails_ends_at_once(raised, code, err):
+    """What runs at an exit may wait for processes that wait for this one; after a good end it may."""
+    text = (f'import atexit, sys, time; atexit.register(time.sleep, {60 * (code > 0)})\n'
+            f'from configurator import *\ndef main(argv): raise {raised}\nrun(main)')
+    p = subprocess.run([sys.executable, '-c', text], cwd=ROOT, env=ONE_THREAD | dict(WORLD_SIZE='2'),
+                       capture_output=True, text=True, timeout=30)
+    assert p.returncode == code and err in p.stderr
 
 
 # -------------------- LoRA files
@@ -2136,6 +2150,14 @@ def test_a_killed_run_is_resumable_and_loses_nothing(world, tmp_path):
     assert not list((tmp_path / 'killed').glob('.writing*'))
 
 
+def test_a_resume_continues_its_own_line_in_wandb_and_a_new_run_has_another(tmp_path, monkeypatch):
+    ids = []
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda id, **k: ids.append(id)))
+    for resumed in (None, 3, None):
+        files.Log(tmp_path, resumed, wandb_log=True)
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_sigterm_saves_and_ends_well(world, tmp_path):
     argv = world.opd(tmp_path / 'run', max_steps=100000, steps=1, eval_samples=1)
     p = subprocess.Popen([sys.executable, 'train_opd.py', *argv], cwd=ROOT, env=ONE_THREAD, text=True,
@@ -2186,6 +2208,43 @@ def test_two_processes_are_one(world, tmp_path):
         with torch.no_grad():
             base, a, b = (models.velocity(k, z, torch.full((8,), 0.5), cond) for k in ('base', 'at0', 'at1'))
         assert (a - b).norm() < 1e-3 * (a - base).norm()  # of what was learned
+
+
+def test_machines_that_do_not_share_the_run_folder_are_told(world, tmp_path):
+    """Each would resume from what it finds: nothing, or other weights than the others."""
+    run = world.distil(tmp_path / 'run', max_steps=1)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        env = ONE_THREAD | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    argvs = [world.opd(out, max_steps=2, init_from='resume') for out in (run, tmp_path / 'empty')]
+    ps = [subprocess.Popen([sys.executable, 'train_opd.py', *argv], cwd=ROOT, env=env | dict(RANK=str(rank)),
+                           text=True, stderr=subprocess.PIPE) for rank, argv in enumerate(argvs)]
+    for p in ps:
+        errors = p.communicate(timeout=300)[1]
+        assert p.returncode == 2 and 'one folder for all machines' in errors
+
+
+def test_scorers_are_asked_once_a_picture_and_each_process_sends_only_its_own(world, tmp_path, monkeypatch):
+    sent, gather = [], train_opd.gather
+
+    def spy(world, x):
+        sent.extend(y for y in x if isinstance(y, tuple))
+        return gather(world, x)
+    monkeypatch.setattr(train_opd, 'gather', spy)
+    world.distil(tmp_path / 'run', max_steps=1)
+    assert sent and all(x.untyped_storage().nbytes() == x.nbytes for _, x in sent)
+
+    monkeypatch.setattr(train_opd, 'gather', lambda world, x: x)       # each for itself
+    images, rows, asked = torch.rand(11, 3, 4, 4), [{'prompt': str(i)} for i in range(11)], []
+
+    def judge(images, rows):
+        asked.append([int(r['prompt']) for r in rows])
+        return images.mean((1, 2, 3)).tolist()
+    said = [x for rank in range(3) for x in train_opd.Run.judged(
+        SimpleNamespace(c=SimpleNamespace(micro_batch=3), world=SimpleNamespace(rank=rank, size=3)),
+        judge, images, rows)]
+    assert sorted(sum(asked, [])) == [*range(11)] and max(map(len, asked)) == 3
+    assert sorted(said) == pytest.approx(sorted(images.mean((1, 2, 3)).tolist()))
 
 
 @pytest.mark.parametrize('method, updates', [('flowopd', 2), ('grpo', 4), ('sdpo', 3)])

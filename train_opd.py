@@ -18,6 +18,7 @@ One convention everywhere: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma f
 """
 import atexit, contextlib, copy, functools, itertools, json, math, os, random
 import resource, signal, sys, time, warnings
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,7 +440,9 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
         index = diffusers.DiffusionPipeline.load_config(path)
         name, _ = peek(path, name or index['_class_name'])     # of a hub id it is known only now
         skip = {k: None for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index}
-        pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype, **skip)
+        # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
+        kinds = dtype if name == 'ZImageOmniPipeline' else {'default': dtype, 'vae': torch.float32}
+        pipe = getattr(diffusers, name).from_pretrained(path, dtype=kinds, **skip)
     except BadInput:
         raise
     except Exception as e:                                             # whatever it was: to be fetched again
@@ -449,8 +452,6 @@ def open_field(path, dtype=torch.float32, device='cpu', family='', max_sequence_
                        f'{str(e).strip()[:300]}')
     for part in (getattr(pipe, FAMILIES[name].prefix), pipe.vae):
         check_whole(part, f'model {path}')
-    if dtype != torch.float32 and name != 'ZImageOmniPipeline':  # Omni's pipeline encodes in its own dtype
-        pipe.vae.to(torch.float32)
     return FAMILIES[name](pipe, device, max_sequence_length, distilled_guidance)
 
 
@@ -852,8 +853,8 @@ def launch(device='', tf32=True):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if gpu else 'gloo')
-        atexit.register(dist.destroy_process_group)
+        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(hours=1))  # one may be fetching
+        atexit.register(dist.destroy_process_group)            # at a good end: see configurator.run
     return SimpleNamespace(rank=rank, size=size, device=torch.device(device))
 
 
@@ -949,6 +950,8 @@ class Run:
         if world.size > 1:
             dist.barrier()                                             # one process looks after the folder
             last = newest(c.out_dir) if c.init_from == 'resume' else None
+            seen = set(gather(world, [last and last.name]))
+            need(len(seen) == 1, f'{c.out_dir} has to be one folder for all machines, but they see {seen}')
 
         if c.init_from not in ('base', 'merge', 'resume'):
             merge_lora.find(c.init_from)                               # fetched before the large model is
@@ -1093,8 +1096,16 @@ class Run:
         for some in self.chunks(todo[self.world.rank::self.world.size], times=4):
             with torch.no_grad(), self.student.wearing(tensors):
                 z, velocity = self.begin(some, n, guidance, who)
-                done += zip([s.number for s in some], self.field.decode(sample(velocity, z, sigmas)).cpu())
+                pictures = self.field.decode(sample(velocity, z, sigmas)).cpu()
+                done += [(s.number, x.clone()) for s, x in zip(some, pictures)]  # else each sends all of them
         return torch.stack([x for _, x in sorted(gather(self.world, done), key=lambda p: p[0])])
+
+    def judged(self, judge, images, rows):
+        """What a scorer says of pictures, each asked about by one process, few at a time as in training."""
+        own, few, said = range(len(rows))[self.world.rank::self.world.size], self.c.micro_batch, []
+        for some in (list(own[i:i + few]) for i in range(0, len(own), few)):
+            said += [*judge(images[some], [rows[i] for i in some])]
+        return gather(self.world, said)
 
     def note(self, todo, **numbers):
         """For the log: numbers of each sample; where one is not finite, route and sigma are remembered."""
@@ -1145,13 +1156,13 @@ class Run:
             yield self.plan(self, step)
             if done % c.log_every == 0 or done == c.max_steps:
                 self.report(done, bar, (time.time() - began) / (done - self.first))
-            if done % c.eval_every == 0 and done < c.max_steps and self.stop < 2:
-                evaluate(done)
             if done % c.save_every == 0 or done == c.max_steps or self.stop == 2:
                 self.save(done)
             if self.stop == 2:
                 self.say(f'\nasked to stop: saved {newest(self.out)}; continue with --init_from=resume')
                 raise SystemExit(0)
+            if done % c.eval_every == 0 and done < c.max_steps:
+                evaluate(done)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: it may end at once
 
     def report(self, done, bar, pace):
@@ -1477,7 +1488,7 @@ def main(argv):
         for name, (model, tensors) in who.items():
             again = name == 'teacher' and model == 'base'              # it has its score already
             result[k][name] = result[k]['base'] if again else \
-                score_mean(judge(pictures(model, k, len(rows), tensors), rows))
+                score_mean(run.judged(judge, pictures(model, k, len(rows), tensors), rows))
     run.end(result, ['loss', 'gap', *(f'gap/{k}' for k in labels)])
 
 

@@ -223,6 +223,10 @@ def main(argv):
                 failed.append(e)
         raise failed[0]
 
+    def reward_thread():                                       # by itself it would have the first GPU
+        own = device if device.type == 'cuda' else None
+        return ThreadPoolExecutor(1, initializer=lambda: own and torch.cuda.set_device(own))
+
     def note_rewards(todo, values):
         run.note(todo, reward=sum(w * v for (_, _, w), v in zip(judges, values)),
                  **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
@@ -276,7 +280,7 @@ def main(argv):
     def grpo(todo, step):
         """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
         n = c.steps - c.drop_last
-        with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        with reward_thread() as pool, torch.no_grad():
             jobs = [[(t, pool.submit(ask_rewards, run.field.decode(x0), [s.data for s in t.todo]))
                      for t, x0 in rolled(p, n)] for p in run.parts(todo)]
             got = [[(t, job.result()) for t, job in part] for part in jobs]
@@ -310,7 +314,7 @@ def main(argv):
     def sdpo(todo, step):
         """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps."""
         n, ts, all_returns = c.steps - c.drop_last, [], []
-        with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        with reward_thread() as pool, torch.no_grad():
             for t, x0 in rolled(todo, n):
                 # dual states: after each step the noisy latent, and the clean picture predicted from it. (The
                 # prediction from the common first noise is the same for both and cannot tell them apart.)
@@ -379,9 +383,10 @@ def main(argv):
                                     flow_matching(todo[run.world.rank::run.world.size], 'eval', False))
                 result[f'loss/{k}'] = sum(losses) / len(losses)
             for name, f, _ in judges + ([('watched', watch, 0)] if watch else []):
-                result[f'{name}/{k}'] = sum(rewards.checked(name, f, now, rows, run.out)) / len(rows)
+                ask = lambda images, rows: rewards.checked(name, f, images, rows, run.out)
+                result[f'{name}/{k}'] = score_mean(run.judged(ask, now, rows))
             if c.score:
-                result[f'score/{k}'] = score_mean(load_function(c.score)(now, rows))
+                result[f'score/{k}'] = score_mean(run.judged(load_function(c.score), now, rows))
             for i, r in enumerate(rows[:c.show]):
                 pair = [run.picture(r[p]) for p in ('source_image', 'target_image')]
                 lines.append([*pair, still[k][i], now[i]])

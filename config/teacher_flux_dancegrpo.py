@@ -32,6 +32,7 @@ lr = 3e-4                                         # published for LoRA; 1e-5 for
 lr_schedule = 'constant'
 weight_decay = 1e-4
 max_steps = 300
+save_every = 10                                   # steps are long
 ema_decay = 0.9                                   # ours
 grad_checkpointing = True
 eval_samples = 8

@@ -23,7 +23,7 @@ batch_size = 32
 micro_batch = 2
 grad_checkpointing = True
 ema_decay = 0.999
-eval_every = save_every = 1000
+eval_every, save_every = 1000, 100
 eval_samples = 8
 sample_steps = 28
 score = ''

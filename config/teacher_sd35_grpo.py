@@ -10,8 +10,7 @@ eval_data = []
 reward = [dict(reward='pickscore', weight=1.0)]
 watch_reward = 'clip'                             # ours: falls when the picture forgets the prompt
 
-rank = 32
-alpha = 64.0
+rank, alpha = 32, 64.0
 steps = 10
 sde, eta = 'flow', 0.7
 guidance = 4.5
@@ -34,7 +33,8 @@ lr_schedule = 'constant'
 ema_decay = 0.9
 ema_every = 8
 grad_checkpointing = True
-max_steps = 1000                                  # ours
+max_steps = 1000                                  # ours, as save_every: steps are long
+save_every = 10
 sample_steps = 40                                 # published, for evaluation
 out_dir = 'out/teacher_pickscore'
 score = ''

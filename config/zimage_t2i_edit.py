@@ -27,7 +27,7 @@ batch_size = 32                                   # 4 accumulated, here times 8 
 micro_batch = 1
 grad_checkpointing = True
 ema_decay = 0.99                                  # our choice
-eval_every = save_every = 300
+eval_every, save_every = 300, 50
 eval_samples = 8
 sample_steps = 28
 score = ''
