@@ -5,6 +5,7 @@ Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (path
 text file with a prompt a line. A run has log.jsonl, samples/, checkpoints step_*/ with a link `latest`.
 """
 import array, csv, difflib, functools, hashlib, importlib.util, itertools, json, math, os, shutil, sys, time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ FIELDS = 'prompt', 'task', 'source_image', 'target_image'
 REMAKE = '; make it with: python data/shapes/prepare.py'
 
 
-class Bucket:
+class Bucket(Sequence):
     """Rows of one task. Only their places in the files are held in memory; a row is read when needed."""
 
     def __init__(self, name):
@@ -112,7 +113,7 @@ def check_rows(bucket, need_target=False):
     """Every picture that a bucket names exists and opens (a PNG is read whole), and pairs have one shape. A
     list of complaints."""
     errors = []
-    for row in (bucket[i] for i in range(len(bucket))):
+    for row in bucket:
         sizes = {}
         for k in ('source_image', 'target_image'):
             try:
@@ -159,8 +160,8 @@ def load_image(path, height, width):
         s = min(w / width, h / height)
         box = ((w - s * width) / 2, (h - s * height) / 2, (w + s * width) / 2, (h + s * height) / 2)
         im = im.resize((width, height), Image.LANCZOS, box=box)
-    return torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(height, width,
-                                                                             3).permute(2, 0, 1) / 127.5 - 1
+    x = torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return x.permute(2, 0, 1) / 127.5 - 1
 
 
 def grid(rows, path, captions=None, heads=None, scale=None):
@@ -207,9 +208,9 @@ def curve(log, path, keys, size=(640, 320)):
         pen.line([(50 + (w - 60) * (x - min(xs)) / max(1, max(xs) - min(xs)), h - 20 - (h - 40) *
                    (math.log(y) - lo) / (hi - lo)) for x, y in line], fill=colour, width=2)
         pen.text((w - 150, 6 + 13 * n), k, fill=colour)
-    pen.text((4, 14), f'{max(ys):.3g}', fill='black'), pen.text((4, h - 30), f'{min(ys):.3g}', fill='black')
-    pen.text((50, h - 16), f'step {min(xs)}', fill='black'), pen.text((w - 80, h - 16), f'{max(xs)}',
-                                                                      fill='black')
+    for at, text in (((4, 14), f'{max(ys):.3g}'), ((4, h - 30), f'{min(ys):.3g}'),
+                     ((50, h - 16), f'step {min(xs)}'), ((w - 80, h - 16), f'{max(xs)}')):
+        pen.text(at, text, fill='black')
     out.save(path)
 
 
@@ -309,25 +310,22 @@ def claim(out, resume, meta):
     """A run folder for a new run, or the checkpoint that is resumed. Refuses to write over another run."""
     last = newest(out)
     if not resume:
-        if last and last.name == 'step_000000':                # nothing was learned yet: nothing is lost
-            shutil.rmtree(last)
-        elif last:
-            raise BadInput(f'{out} holds another run (at {last.name}); continue it with --init_from=resume, '
-                           'or choose another --out_dir')
+        if last:
+            need(last.name == 'step_000000', f'{out} holds another run (at {last.name}); continue it with '
+                 '--init_from=resume, or choose another --out_dir')
+            shutil.rmtree(last)                                # nothing was learned yet: nothing is lost
         return None
-    if not last:
-        raise BadInput(f'{out} has no whole checkpoint to resume from; start the run without '
-                       'init_from=resume')
+    need(last, f'{out} has no whole checkpoint to resume from; start the run without init_from=resume')
     old = json.loads((last / 'meta.json').read_text())
     for name, t in meta['teachers'].items():
-        before = old['teachers'].get(name)
-        what = 'sha256' if t['sha256'] and before and before['sha256'] else 'path'  # a hub id has no sum
-        if before is None or before[what] != t[what]:
-            raise BadInput(f'the run in {out} had another teacher "{name}" ({(before or {}).get("path")}, '
-                           f'now {t["path"]}); give the same one, or start a new run in another --out_dir')
-    if old['settings']['alpha'] != meta['settings']['alpha']:          # it would scale what was learned
-        raise BadInput(f'the run in {out} has alpha {old["settings"]["alpha"]}, not '
-                       f'{meta["settings"]["alpha"]}: resume with the same, or start from it as an adapter')
+        before = old['teachers'].get(name, {})
+        what = 'sha256' if t['sha256'] and before.get('sha256') else 'path'    # a hub id has no sum
+        need(before.get(what) == t[what], f'the run in {out} had another teacher "{name}" '
+             f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in another '
+             '--out_dir')
+    then, now = old['settings']['alpha'], meta['settings']['alpha']    # it would scale what was learned
+    need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, or start from it '
+         'as an adapter')
     for k, v in meta['settings'].items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
@@ -349,8 +347,8 @@ def _module(path):
 def load_function(spec):
     """'path/file.py:function' -> the function."""
     path, _, name = spec.rpartition(':')
-    if not path.endswith('.py') or not Path(path).is_file():
-        raise BadInput(f'{spec}: no such file {path!r}; a function is named as path/file.py:function')
+    need(path.endswith('.py') and Path(path).is_file(),
+         f'{spec}: no such file {path!r}; a function is named as path/file.py:function')
     there = {k: v for k, v in vars(_module(Path(path).resolve())).items() if callable(v)}
     if name not in there:
         near = difflib.get_close_matches(name, there, 1)

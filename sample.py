@@ -14,7 +14,7 @@ The noise of a picture follows from (seed, number of the prompt, number of the p
 checkpoints, or student and base, can be compared picture by picture. Left out on purpose: stochastic
 samplers, negative prompts.
 """
-import json, sys
+import itertools, json, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,8 +103,8 @@ def read_rows(c, run):
         files = [c.prompts] if c.prompts else run.get('eval_data') or run.get('data') or []
         buckets, errors = read_data(files)
         need(not errors, '; '.join(errors[:5]))
-        most = len if c.prompts else lambda b: min(3, len(b))          # a few of each bucket that the run had
-        rows = [b[i] for b in buckets.values() for i in range(most(b))]
+        most = None if c.prompts else 3                                # a few of each bucket that the run had
+        rows = [r for b in buckets.values() for r in itertools.islice(b, most)]
     need(rows, 'no prompt: give --prompt="one|another", or --prompts=file.txt')
     return [{**r, 'source_image': r.get('source_image') or c.source} for r in rows]
 
@@ -115,11 +115,8 @@ def render(c, models, prompts, who, todo):
     cond, empty = prompts.conditions([s.row for s in todo], h, w)
     noise = [torch.randn(field.shape(h, w), generator=torch_rng(c.seed, s.prompt, s.image)) for s in todo]
     z = field.start(torch.stack(noise).to(field.device), c.steps, h, w)
-
-    def velocity(z, s, alive):
-        return models.velocity(who, z, s, [cond[j] for j in alive], [empty[j] for j in alive], c.guidance)
-    z = sample(velocity, z, field.sigmas(c.steps, h, w).to(field.device))
-    return [field.decode(x[None])[0].cpu() for x in z]                 # singly: decoders need much memory
+    velocity = lambda z, s, alive: models.velocity(who, z, s, cond, empty, c.guidance)  # nobody leaves early
+    return field.decode(sample(velocity, z, field.sigmas(c.steps, h, w).to(field.device))).cpu()
 
 
 def small(x, most=384):
@@ -176,7 +173,7 @@ def main(argv):
                     if bool(r['source_image']) == sourced]
             for batch in (todo[j:j + c.batch_size] for j in range(0, len(todo), c.batch_size)):
                 pictures = render(c, models, encoded, who, batch)
-                said = judge(torch.stack(pictures), [s.row for s in batch]) if judge else ()
+                said = judge(pictures, [s.row for s in batch]) if judge else ()
                 for s, one in zip(batch, said):
                     scores.setdefault(s.row.get('task') or 'all', []).append(one)
                 for s, x in zip(batch, pictures):
@@ -185,10 +182,8 @@ def main(argv):
                     print(file)
                     if s.prompt < SHEET:
                         sheet.setdefault(s.prompt, []).append(small(x))
-    shown = sorted(sheet)
-    lines = [[sources.get(rows[i]['source_image'])] * bool(sources) + sheet[i] for i in shown]
-    heads = ['source'] * bool(sources) + [str(k) for k in range(c.num)]
-    grid(lines, out / 'grid.png', [rows[i]['prompt'] for i in shown], heads)
+    lines = [[sources.get(r['source_image']), *sheet[i]] for i, r in enumerate(rows[:SHEET])]
+    grid(lines, out / 'grid.png', [r['prompt'] for r in rows[:SHEET]], ['source', *map(str, range(c.num))])
     print(out / 'grid.png')
     for bucket, found in scores.items():
         print(f'score of {bucket}: {score_mean(found):.4f}, the mean of {len(found)} pictures')

@@ -98,7 +98,7 @@ anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 max_steps = 500
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 30                    # samples a forward; the rest is gradient accumulation
-lr = 2.5e-3                         # (DanceOPD 2e-4, DiffusionOPD 3e-4)
+lr = 8e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
 lr_schedule = 'cosine'              # or 'constant'
 warmup = 20                         # steps
 weight_decay = 0.0                  # (DiffusionOPD 1e-4)
@@ -271,11 +271,6 @@ class ZImage(Field):
     The pipeline's guidance g is c + g (c - u); here as everywhere it is w = g + 1, and 1.0 means none."""
     targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
 
-    def __init__(self, pipe, *a, **k):
-        super().__init__(pipe, *a, **k)
-        if self.can_edit:
-            pipe.siglip.requires_grad_(False).eval().to(self.device)
-
     def encode(self, prompts, edit=False):
         k = dict(num_condition_images=int(edit)) if self.can_edit else {}
         es, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False,
@@ -285,6 +280,7 @@ class ZImage(Field):
     def encode_source(self, path, height, width):
         x = load_image(path, height, width)
         picture = Image.fromarray(((x / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
+        self.pipe.siglip.to(self.device)
         seen = self.pipe.prepare_siglip_embeds([picture], 1, self.device, torch.float32)[0][0]
         return {'source': self.encode_image(x[None])[0], 'seen': seen}
 
@@ -313,13 +309,12 @@ class Flux(Field):
 
     def tokens(self, z, first):
         """(B, C, H, W) -> (B, HW/4, 4C) by 2 x 2 patches, and their ids (first, row, column)."""
-        b, c, h, w = z.shape
-        ids = torch.cartesian_prod(torch.tensor([first]), torch.arange(h // 2), torch.arange(w // 2))
-        x = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
-        return x, ids.to(z.device, self.dtype)
+        x = torch.nn.functional.pixel_unshuffle(z, 2)                  # (B, 4C, H/2, W/2)
+        ids = torch.cartesian_prod(torch.tensor([first]), *map(torch.arange, x.shape[2:]))
+        return x.flatten(2).mT, ids.to(z.device, self.dtype)
 
     def forward(self, z, sigma, cond):
-        (b, c, h, w), (x, ids), text = z.shape, self.tokens(z, 0), self.stack(cond, 'text')
+        (h, w), (x, ids), text = z.shape[2:], self.tokens(z, 0), self.stack(cond, 'text')
         n, embeds = x.shape[1], self.net.config.guidance_embeds
         if 'source' in cond[0]:
             source, more = self.tokens(self.stack(cond, 'source').to(z.dtype), 1)
@@ -328,18 +323,18 @@ class Flux(Field):
                        encoder_hidden_states=text, guidance=torch.full_like(sigma, self.distilled_guidance)
                        if embeds else None, pooled_projections=self.stack(cond, 'pooled'), img_ids=ids,
                        txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)[0][:, :n]
-        return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        return torch.nn.functional.pixel_shuffle(out.mT.unflatten(2, (h // 2, w // 2)), 2)
 
 
 class UNet(Field):
     """SD1.x, SD-Turbo, SDXL, SDXL-Turbo with epsilon or v prediction, as a flow: with a = sqrt(abar_t) and
     b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Euler in z is DDIM in x_t."""
     patch, prefix, targets = 1, 'unet', ['to_q', 'to_k', 'to_v', 'to_out.0']
-    euler = 'Euler', 'EulerAncestral', 'DDIMScheduler'
+    euler = 'EulerDiscreteScheduler', 'EulerAncestralDiscreteScheduler', 'DDIMScheduler'
 
     def __init__(self, pipe, *a, **k):
         super().__init__(pipe, *a, **k)
-        if type(pipe.scheduler).__name__.removesuffix('DiscreteScheduler') not in self.euler:
+        if type(pipe.scheduler).__name__ not in self.euler:
             from diffusers import DDIMScheduler                # PNDM, DPM-Solver and others: no Euler steps
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         abar = pipe.scheduler.alphas_cumprod.double()
@@ -577,11 +572,10 @@ class Student:
             p.data = p.data.float()                            # PEFT made them in the base's dtype
         for key, module in (init or {}).items():
             layer, (A, B) = net.get_submodule(key), merge_lora.to_rank(module, rank)
-            used = A.flatten(1).abs().amax(1) > 0                      # a surplus row keeps its random start
-            where = layer.weight.device
-            layer.lora_A['student'].weight.data[used.to(where)] = A[used].to(where)
+            used = int(A.flatten(1).any(1).sum())                      # surplus rows keep their random start
+            layer.lora_A['student'].weight.data[:used] = A[:used]
             layer.lora_B['student'].weight.data.copy_(B / (alpha / rank))
-        self.net, self.names, self.alpha, self.ema, self.bad = net, names, alpha, None, 0
+        self.names, self.alpha, self.ema = names, alpha, None
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(betas),
                                            weight_decay=weight_decay)
 
@@ -599,27 +593,6 @@ class Student:
         finally:
             for n, p in self.params.items():
                 p.data.copy_(own[n])
-
-    def update(self, world, lr, clip, ema_decay=0.0, ema_now=True, flag=0.0):
-        """Sums all processes' gradients, once, and steps if they are finite: (norm, stepped, summed flag)."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params.values()]
-        flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([flag], device=grads[0].device)])
-        if world.size > 1:
-            dist.all_reduce(flat)
-        norm, flag = flat[:-1].norm().item(), flat[-1].item()
-        good = math.isfinite(norm)
-        if good:
-            scale, at = min(1.0, clip / (norm + 1e-6)) if clip else 1.0, 0
-            for p in self.params.values():
-                p.grad, at = flat[at:at + p.numel()].view_as(p).mul(scale), at + p.numel()
-            self.optimizer.param_groups[0]['lr'] = lr
-            self.optimizer.step()
-            if ema_decay and ema_now:
-                for n, p in self.params.items():
-                    self.ema[n].lerp_(p.detach(), 1 - ema_decay)
-        self.bad = 0 if good else self.bad + 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, good, flag
 
     def modules(self, tensors):
         """{module: (A, B)} as adapter files have it."""
@@ -647,9 +620,8 @@ class Student:
         if self.ema:                                           # an average that is new starts from here
             ema = state['ema'] or self.tensors()
             self.ema = {n: x.to(self.params[n].device) for n, x in ema.items()}
-        now = {k: self.optimizer.param_groups[0][k] for k in ('betas', 'weight_decay')}
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.optimizer.param_groups[0].update(now)                     # a resume follows the settings
+        own = self.optimizer.state_dict()                              # a resume follows the settings
+        self.optimizer.load_state_dict({**own, 'state': state['optimizer']['state']})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -711,7 +683,7 @@ def text_key(row):
 
 class Prompts:
     """Text embeddings by (prompt, is it an edit). The text encoders visit the device for what is missing, and
-    leave it; `free` drops them for good."""
+    leave it."""
 
     def __init__(self, field):
         self.field, self.kept, self.chunk, self.encoded = field, {}, {}, 0
@@ -742,10 +714,6 @@ class Prompts:
         parts = (x for v in self[key].values() for x in (v if isinstance(v, list) else [v]))
         return sum(x.numel() * x.element_size() for x in parts)
 
-    def free(self):
-        for k in self.field.encoders():
-            setattr(self.field.pipe, k, None)
-
     @torch.no_grad()
     def conditions(self, rows, height, width):
         """Rows -> (cond, empty): what a field takes, and the same without the words, for guidance. It is on
@@ -754,8 +722,8 @@ class Prompts:
         here = functools.cache(lambda *key: {k: move(x) for k, x in self[key].items()})
         sources = [self.field.encode_source(r['source_image'], height, width) if r.get('source_image') else {}
                    for r in rows]
-        return tuple([{**here(p, bool(s)), **s} for p, s in zip(prompts, sources)]
-                     for prompts in ([r['prompt'] for r in rows], [''] * len(rows)))
+        return ([{**here(r['prompt'], bool(s)), **s} for r, s in zip(rows, sources)],
+                [{**here('', bool(s)), **s} for s in sources])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -765,12 +733,8 @@ class Prompts:
 def rollout(velocity, z, sigmas, last, eta=0.0, kind='flow', generators=None):
     """Yields (i, alive, states z[alive] at sigmas[i]) for i = 0, 1, ...; sample j leaves after index last[j].
     What is sent back, if anything, is taken as the velocity there, so that nobody computes it twice."""
-    alive = range(len(z))
+    alive = [*range(len(z))]
     for i in range(len(sigmas)):
-        keep = [k for k, j in enumerate(alive) if last[j] >= i]
-        z, alive = z[keep], [alive[k] for k in keep]
-        if not alive:
-            return
         v = yield i, alive, z
         on = [k for k, j in enumerate(alive) if last[j] > i]
         if not on:
@@ -884,16 +848,14 @@ def own_settings(settings, argv):
     return c
 
 
-def is_number(x):
-    return type(x) in (int, float) and math.isfinite(x)
-
-
 def check_number(what, x):
-    need(is_number(x) and x > 0, f'{what} must be more than 0, not {x!r}')
+    need(type(x) in (int, float) and 0 < x < math.inf, f'{what} must be more than 0, not {x!r}')
 
 
-def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
-    """Some values are one of a few; integers are at least 1, floats at least 0, but for those named here."""
+def check_settings(c, defaults, choices, owners, updates, above='lr alpha clip_range adv_clip'):
+    """What both trainers ask of settings. Some are one of a few `choices`; integers are at least 1, floats at
+    least 0, but for those named here; what belongs to one method or two, `owners`, is left alone with the
+    others, so that nothing is set in vain; processes and `updates` share a batch in whole groups."""
     choices = dict(choices, sde=('flow', 'dance', 'cps'), lr_schedule=('constant', 'cosine'),
                    dtype=('auto', 'float32', 'bfloat16'))              # float16 has not the range
     for k, known in choices.items():
@@ -904,22 +866,26 @@ def check_settings(c, choices, above='lr alpha clip_range adv_clip'):
         elif type(x) in (int, float) and k != 'seed':
             least = int(type(x) is int and k not in ('drop_last', 'warmup', 'score_samples', 'best_of'))
             need(x >= least, f'{k} must be at least {least}, not {x}')
-    need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
-    need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
-    need(len(c.betas) == 2 and all(is_number(x) and 0 <= x < 1 for x in c.betas),
-         f'betas: two numbers from 0 to below 1, not {c.betas}')
-    need(c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
-         "sigma' sin(eta pi / 2)")
-    if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
-        merge_lora.read_adapter(c.init_from)                           # there, whole and readable
-
-
-def check_owners(c, defaults, owners):
-    """Settings that belong to one method or two are left alone with the others: nothing is set in vain."""
     for names, methods in owners.items():
         for k in names.split():
             need(c.method in methods or getattr(c, k) == defaults[k], f'{k} belongs to {methods}; leave it '
                  f'at {defaults[k]!r} with method = {c.method!r}')
+    need(not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb')
+    need(c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}')
+    need(len(c.betas) == 2 and all(type(x) in (int, float) and 0 <= x < 1 for x in c.betas),
+         f'betas: two numbers from 0 to below 1, not {c.betas}')
+    need(c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
+         "sigma' sin(eta pi / 2)")
+    need(c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    unit = c.group_size * updates * world
+    need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x '
+         f'{updates} updates x groups of {c.group_size}; the nearest that does is '
+         f'{max(unit, round(c.batch_size / unit) * unit)}')
+    if c.score:
+        load_function(c.score)
+    if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
+        merge_lora.read_adapter(c.init_from)                           # there, whole and readable
 
 
 def check_data(c, labels, need_target=False):
@@ -937,9 +903,9 @@ class Run:
 
     def __init__(self, c, d, plan, eval_rows, teachers=(), merged=None):
         self.c, self.d, self.out, self.plan, self.notes = c, d, Path(c.out_dir), plan, []
-        self.skipped, self.bad, self.at, self.route, self.stop, self.step = 0, '', '?', '', 0, 0
+        self.skipped, self.bad, self.stop, self.nan, self.at, self.route = 0, 0, 0, '', '?', ''
         self.t0 = time.time()
-        self.first, self.state, self.world = 0, [], launch(c.device, c.tf32)
+        self.first, self.step, self.state, self.world = 0, 0, [], launch(c.device, c.tf32)
         world, path = self.world, lambda t: t.get('lora') or t.get('checkpoint') or c.model
         self.say = print if world.rank == 0 else lambda *a: None
         settings = {k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')}
@@ -989,8 +955,8 @@ class Run:
             field.net._repeated_blocks = field.net._repeated_blocks or ['JointTransformerBlock']  # SD3's
             field.net.compile_repeated_blocks(fullgraph=True)
 
-        pick = lambda k, b: rng(c.seed, 'eval', k).sample(range(len(b)), min(len(b), eval_rows))
-        self.eval_rows = {k: [b[i] for i in pick(k, b)] for k, b in d.held.items()}
+        self.eval_rows = {k: rng(c.seed, 'eval', k).sample(b, min(len(b), eval_rows))
+                          for k, b in d.held.items()}
         keys = [('', False), ('', True)][:1 + d.editing]
         self.prompts = Prompts(field)
         self.prompts.add(keys + [text_key(r) for rows in self.eval_rows.values() for r in rows], keep=True)
@@ -998,13 +964,14 @@ class Run:
         size = sum(map(len, d.buckets.values())) * mean
         self.whole = size < c.cache_gb * 1e9           # all prompts now, or a chunk of steps at a time
         if self.whole:
-            self.prompts.add((text_key(b[i]) for b in d.buckets.values() for i in range(len(b))), keep=True)
-            self.prompts.free()
+            self.prompts.add((text_key(r) for b in d.buckets.values() for r in b), keep=True)
+            for k in field.encoders():
+                setattr(field.pipe, k, None)                           # nobody asks them any more
         if world.rank == 0:
             self.log = Log(self.out, self.first if last else None, **settings)
             for k, b in d.buckets.items():                     # edit pairs, to be looked at before step 0
-                rows = [b[i] for i in range(min(8, len(b)))] if b.sources and not last else []
-                if rows:
+                if b.sources and not last:
+                    rows = [*itertools.islice(b, 8)]
                     grid([[self.picture(r['source_image']), self.picture(r['target_image'])] for r in rows],
                          self.out / 'samples' / f'data_{k}.png', [r['prompt'] for r in rows],
                          ['source', 'target'])
@@ -1117,19 +1084,36 @@ class Run:
             self.route, here = s.label, f'route {s.label}, sigma {one.get("sigma", math.nan):.3f}'
             self.at = here if 'sigma' in one else self.at
             if not all(map(math.isfinite, one.values())):
-                self.bad = here
+                self.nan = here
 
     def apply(self):
-        """One optimizer step from the gradients that have gathered, on all processes."""
-        c, s = self.c, self.student
-        self.norm, good, asked = s.update(self.world, learning_rate(self.step, c), c.grad_clip, c.ema_decay,
-                                          (self.step + 1) % c.ema_every == 0, float(self.stop > 0))
-        self.skipped, self.stop = self.skipped + (not good), 2 if asked else self.stop
-        if s.bad >= c.max_bad_steps:
-            where = self.bad or f'{self.at}, whose loss was finite'
-            raise RuntimeError(f'{s.bad} updates in a row had no finite gradient (last at {where}); lower '
+        """One optimizer step, if all is finite: the gradients that have gathered are summed over the
+        processes, once, and with them whether any was asked to stop."""
+        c, s, params = self.c, self.student, self.student.params.values()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        asked = torch.tensor([float(self.stop > 0)], device=self.world.device)
+        flat = torch.cat([*(g.flatten() for g in grads), asked])
+        if self.world.size > 1:
+            dist.all_reduce(flat)
+        self.norm, self.stop = flat[:-1].norm().item(), 2 if flat[-1] else self.stop
+        if math.isfinite(self.norm):
+            scale = min(1.0, c.grad_clip / (self.norm + 1e-6)) if c.grad_clip else 1.0
+            for p, g in zip(params, flat[:-1].split([p.numel() for p in params])):
+                p.grad = g.view_as(p) * scale
+            s.optimizer.param_groups[0]['lr'] = learning_rate(self.step, c)
+            s.optimizer.step()
+            if s.ema and (self.step + 1) % c.ema_every == 0:
+                for n, p in s.params.items():
+                    s.ema[n].lerp_(p.detach(), 1 - c.ema_decay)
+            self.bad = 0
+        else:
+            self.skipped, self.bad = self.skipped + 1, self.bad + 1
+        s.optimizer.zero_grad(set_to_none=True)
+        if self.bad >= c.max_bad_steps:
+            where = self.nan or f'{self.at}, whose loss was finite'
+            raise RuntimeError(f'{self.bad} updates in a row had no finite gradient (last at {where}); lower '
                                f'lr, or use dtype=float32. The last checkpoint in {self.out} is from before')
-        self.bad = ''
+        self.nan = ''
 
     def at_start(self, prefix, now):
         """An evaluation as it was when the run began: after a resume the log has it."""
@@ -1200,21 +1184,20 @@ class Run:
 
 def check(c):
     """Everything that can be known before weights are loaded."""
-    check_settings(c, dict(method=('danceopd', 'diffusionopd', 'flowopd'), query_space=('index', 'sigma'),
-                           query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'),
-                           mixing=('hard', 'soft'), reward=('k1', 'code', 'paper'),
-                           states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample')))
+    choices = dict(method=('danceopd', 'diffusionopd', 'flowopd'), query_space=('index', 'sigma'),
+                   query=('low', 'mid', 'high', 'uniform', 'stratified'), kl_var=('true', 'code'),
+                   mixing=('hard', 'soft'), reward=('k1', 'code', 'paper'),
+                   states=('student', 'data', 'teacher'), routes_per_step=(1, 'all', 'sample'))
+    owners = {'states queries': 'danceopd', 'drop_last': 'diffusionopd or flowopd', 'updates': 'flowopd'}
+    check_settings(c, SETTINGS[0], choices, owners, c.updates)
     flow, dance, G, B = c.method == 'flowopd', c.method == 'danceopd', c.group_size, c.batch_size
     need(c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} steps')
     need(not flow or G > 1, 'group_size = 1: Flow-OPD compares a prompt\'s samples; at least 2 (paper: 16)')
     need(not flow or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has eta = 0.7')
     need(not flow or c.rollout_guidance == c.student_guidance, 'flowopd improves the policy that drew the '
          'samples: rollout_guidance and student_guidance must be equal')
-    check_owners(c, SETTINGS[0], {'states queries': 'danceopd', 'drop_last': 'diffusionopd or flowopd',
-                                  'updates': 'flowopd'})
     need(c.kl_var == 'true' or (c.eta and not dance), "kl_var = 'code' is about an SDE's variance: it needs "
          "eta above 0, and diffusionopd or flowopd")
-    need(c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
     need(c.sde != 'cps' or not c.eta or dance or (c.drop_last and c.kl_var == 'true'), "sde = 'cps' ends "
          "without noise, where the KL has no value: set drop_last = 1 and kl_var = 'true'")
     need(not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base'")
@@ -1241,14 +1224,12 @@ def check(c):
              f'teacher {name!r}: {path} does not exist' + REMAKE * path.startswith('data/shapes'))
         if t.get('lora') and not is_hub_id(path):
             merge_lora.read_adapter(path)                              # whole and readable
-    need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: '
-         f'{", ".join(names)}')
+    there = f'there are: {", ".join(names)}'
+    need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; {there}')
     need(c.routes, 'routes is empty: give at least one dict(teacher=..., data=...)')
-    labels, world, every = [r.get('data') for r in c.routes], int(os.environ.get('WORLD_SIZE', 1)), \
-        c.routes_per_step == 'all'
+    labels, every = [r.get('data') for r in c.routes], c.routes_per_step == 'all'
     for r in c.routes:
-        need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: '
-             f'{", ".join(names)}')
+        need(r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; {there}')
         need('samples' not in r or every, "`samples` in a route needs routes_per_step = 'all'")
         need(type(r.get('samples', 1)) is int, f'{r}: samples must be a whole number')
     need(len(set(labels)) == len(labels), f'two routes have the same data; each needs its own: {labels}')
@@ -1258,11 +1239,6 @@ def check(c):
         parts = portions(c.routes, B)
         need(sum(parts) == B, f'batch_size is {B}, but the routes\' samples sum to {sum(parts)}: set it so')
         need(all(p > 0 and p % G == 0 for p in parts), f'samples {parts} must be multiples of group_size {G}')
-    unit = G * world * c.updates
-    need(B % unit == 0, f'batch_size = {B} does not divide into {world} processes x {c.updates} updates '
-         f'x groups of {G}; the nearest that does is {max(unit, round(B / unit) * unit)}')
-    if c.score:
-        load_function(c.score)
     d = check_data(c, labels, c.states == 'data')
     edits = {b.sources > 0 for b in d.buckets.values()}
     need(c.mixing == 'hard' or len(edits) == 1, "mixing = 'soft' needs routes that all edit, or none")
@@ -1483,12 +1459,11 @@ def main(argv):
     judge = load_function(c.score) if c.score and c.score_samples else None
     for k in labels if judge else ():
         rows = run.eval_rows[k][:c.score_samples]
-        who = dict(base=('base', None), teacher=(teacher_of[k], None), start=('student', run.start),
-                   student=('student', student.ema))
-        for name, (model, tensors) in who.items():
-            again = name == 'teacher' and model == 'base'              # it has its score already
-            result[k][name] = result[k]['base'] if again else \
-                score_mean(run.judged(judge, pictures(model, k, len(rows), tensors), rows))
+        ask = lambda who, tensors=None: score_mean(
+            run.judged(judge, pictures(who, k, len(rows), tensors), rows))
+        base, teacher = ask('base'), teacher_of[k]
+        result[k] |= dict(base=base, teacher=base if teacher == 'base' else ask(teacher),
+                          start=ask('student', run.start), student=ask('student', student.ema))
     run.end(result, ['loss', 'gap', *(f'gap/{k}' for k in labels)])
 
 

@@ -26,7 +26,7 @@ import rewards
 import train_opd
 from configurator import collect, need
 from files import grid, load_function, load_image, score_mean
-from train_opd import (Run, check_data, check_number, check_owners, check_settings, diffusionopd_loss, gather,
+from train_opd import (Run, check_data, check_number, check_settings, diffusionopd_loss, gather,
                        group_advantage, pick, ppo_loss, rng, torch_rng, velocity_error)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -146,10 +146,13 @@ def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
 # Training
 
 def check(c):
-    check_settings(c, dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
-                           kl_var=('true', 'code')),
+    choices = dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
+                   kl_var=('true', 'code'))
+    owners = {'timestep_fraction best_of global_std': 'grpo', 'gamma buffer': 'sdpo',
+              'sigmas prompt_dropout': 'sft', ROLLOUT: 'grpo or sdpo'}
+    check_settings(c, SETTINGS[0], choices, owners, c.updates if c.method == 'grpo' else 1,
                    above='lr alpha clip_range adv_clip eta timestep_fraction')
-    rl, G, world = c.method != 'sft', c.group_size, int(os.environ.get('WORLD_SIZE', 1))
+    rl, G, left = c.method != 'sft', c.group_size, c.steps - c.drop_last
     need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
          '(DanceGRPO: 12)')
     need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set '
@@ -161,8 +164,6 @@ def check(c):
     for k in 'timestep_fraction prompt_dropout gamma'.split():
         need(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
     need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
-    left = c.steps - c.drop_last
-    need(not rl or left > 0, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} step(s)')
     need(c.method != 'sdpo' or c.updates <= left, f'updates = {c.updates}: at most one for each of the '
          f'{left} steps that are trained')
     need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
@@ -170,11 +171,6 @@ def check(c):
          "sde = 'cps' leave it at 'true'")
     need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
          "adapter")
-    check_owners(c, SETTINGS[0], {'timestep_fraction best_of global_std': 'grpo', 'gamma buffer': 'sdpo',
-                                  'sigmas prompt_dropout': 'sft', ROLLOUT: 'grpo or sdpo'})
-    unit = G * world * (c.updates if c.method == 'grpo' else 1)
-    need(c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes x '
-         f'groups of {G} x updates; the nearest that does is {max(unit, round(c.batch_size / unit) * unit)}')
     need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
     for r in c.reward if rl else ():
         need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str),
@@ -184,8 +180,6 @@ def check(c):
     need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
     for name in names + [c.watch_reward] * bool(c.watch_reward):
         rewards.check(name)
-    if c.score:
-        load_function(c.score)
     return check_data(c, [], need_target=not rl)
 
 

@@ -21,5 +21,5 @@ steps = 4
 method = 'danceopd'                               # try 'diffusionopd'
 query = 'stratified'                              # try 'low', 'high'
 max_steps = 500
-lr = 2.5e-3
+lr = 8e-3
 out_dir = 'out/shapes'
