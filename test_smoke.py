@@ -2231,7 +2231,7 @@ def test_scorers_are_asked_once_a_picture_and_each_process_sends_only_its_own(wo
         sent.extend(y for y in x if isinstance(y, tuple))
         return gather(world, x)
     monkeypatch.setattr(train_opd, 'gather', spy)
-    world.distil(tmp_path / 'run', max_steps=1)
+    world.distil(tmp_path / 'run', max_steps=1, show=3, eval_samples=3)
     assert sent and all(x.untyped_storage().nbytes() == x.nbytes for _, x in sent)
 
     monkeypatch.setattr(train_opd, 'gather', lambda world, x: x)       # each for itself
