@@ -120,13 +120,15 @@ def run(main):
     name, alone = pathlib.Path(sys.argv[0]).name, os.environ.get('WORLD_SIZE', '1') == '1'
     try:
         return main(sys.argv[1:])
-    except (BadInput, KeyboardInterrupt) as e:
-        code = 2 if isinstance(e, BadInput) else 130
-        print(f'{name}: {e if code == 2 else "interrupted"}', file=sys.stderr)
+    except BadInput as e:
+        code, said = 2, f'{name}: {e}'
+    except KeyboardInterrupt:
+        code, said = 130, f'{name}: interrupted'
     except Exception:
         if alone:
             raise
-        code = traceback.print_exc() or 1
+        code, said = 1, traceback.format_exc()
+    print(said, file=sys.stderr)
     if not alone:
         sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
     sys.exit(code)

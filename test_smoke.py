@@ -2177,6 +2177,12 @@ def test_sigterm_saves_and_ends_well(world, tmp_path):
     assert last.name == f'step_{step:06d}' and 2 <= step < 100000
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
 def test_two_processes_are_one(world, tmp_path):
     """Gradients after one step, velocities after five; a launch for all that deals samples differently."""
     more = dict(max_steps=5, save_every=1, ckpt_keep=9, steps=2, eval_samples=2, lr=2e-3)
@@ -2190,12 +2196,9 @@ def test_two_processes_are_one(world, tmp_path):
             (train_opd if name == 'opd' else train_teacher).main(argv)
     '''
     (tmp_path / 'both.py').write_text(textwrap.dedent(code))
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     argvs = json.dumps([(name, argv(tmp_path / f'{name}2', **m)) for name, _, argv, m in jobs])
     p = python('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
-               f'--master_port={port}', tmp_path / 'both.py', argvs)
+               f'--master_port={free_port()}', tmp_path / 'both.py', argvs)
     assert p.returncode == 0, p.stderr[-3000:]
     for name, main, argv, m in jobs:
         one, two = run(main, argv(tmp_path / name, **m)), tmp_path / f'{name}2'
@@ -2213,9 +2216,7 @@ def test_two_processes_are_one(world, tmp_path):
 def test_machines_that_do_not_share_the_run_folder_are_told(world, tmp_path):
     """Each would resume from what it finds: nothing, or other weights than the others."""
     run = world.distil(tmp_path / 'run', max_steps=1)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        env = ONE_THREAD | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    env = ONE_THREAD | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     argvs = [world.opd(out, max_steps=2, init_from='resume') for out in (run, tmp_path / 'empty')]
     ps = [subprocess.Popen([sys.executable, 'train_opd.py', *argv], cwd=ROOT, env=env | dict(RANK=str(rank)),
                            text=True, stderr=subprocess.PIPE) for rank, argv in enumerate(argvs)]

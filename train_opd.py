@@ -187,9 +187,11 @@ class Field:
         self.vae, self.max_length, self.distilled_guidance = pipe.vae, max_sequence_length, distilled_guidance
         self.factor, self.dtype = 2 ** (len(self.vae.config.block_out_channels) - 1), self.net.dtype
         self.can_edit = type(pipe).__name__ in EDITORS
-        for m in (self.net, self.vae, *self.encoders().values()):
+        stay = [m for m in (self.net, self.vae, getattr(pipe, 'siglip', None)) if m]  # the last sees sources
+        for m in (*stay, *self.encoders().values()):
             m.requires_grad_(False).eval()
-        self.net.to(self.device), self.vae.to(self.device)
+        for m in stay:
+            m.to(self.device)
 
     def encoders(self):
         return {k: m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m}
@@ -280,7 +282,6 @@ class ZImage(Field):
     def encode_source(self, path, height, width):
         x = load_image(path, height, width)
         picture = Image.fromarray(((x / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
-        self.pipe.siglip.to(self.device)
         seen = self.pipe.prepare_siglip_embeds([picture], 1, self.device, torch.float32)[0][0]
         return {'source': self.encode_image(x[None])[0], 'seen': seen}
 

@@ -1,5 +1,5 @@
 # Flow-OPD (2605.08063) with Flow-GRPO's published teachers: a policy gradient of the KL to the routed
-# teacher, held near the base (MAR), from the merged teachers. reward = 'k1' is correct, 'code' is as released.
+# teacher, held near the base (MAR), from merged teachers. reward = 'k1' is correct, 'code' as released.
 # Memory: about 24 GB (estimated: base 5 GB, adapters 1 GB, activations of 16 samples with guidance).
 model = 'stabilityai/stable-diffusion-3.5-medium'
 family = 'StableDiffusion3Pipeline'
