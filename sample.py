@@ -15,8 +15,8 @@ checkpoints, or student and base, can be compared picture by picture. Left out o
 samplers, negative prompts.
 """
 import itertools, json, sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -24,9 +24,11 @@ from PIL import Image
 import configurator
 import merge_lora
 from configurator import BadInput, collect, configure, need
-from files import grid, load_function, load_image, read_data, score_mean
-from train_opd import (Models, Prompts, attach, check_size, launch, open_field, peek, sample,
-                       text_key, torch_rng)
+from support.checks import check_size, peek
+from support.files import grid, load_function, load_image, read_data, score_mean
+from support.models import attach
+from support.run import launch
+from train_opd import Models, Sample, denoise, find_family, first_states, open_field, torch_rng
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. 0, None and '' take what the checkpoint's run had
@@ -80,18 +82,20 @@ def fill(c, run):
     need(c.model or run.get('model'), nameless if c.ckpt else 'give --ckpt, or --model for a base')
     same = c.model in ('', run.get('model'))
     c.model, c.family = c.model or run['model'], c.family or (run.get('family', '') if same else '')
-    name, configs = peek(c.model, c.family)
+    found = peek(c.model, find_family, c.family)
+    configs = found[2]
     net, vae = configs.get('transformer') or configs.get('unet') or {}, configs.get('vae', {})
     latent = net.get('sample_size') or 0
     size = run.get('resolution') or latent * 2 ** (len(vae.get('block_out_channels', 'four')) - 1) or 1024
     h, w = (size, size) if isinstance(size, int) else size
-    c.height, c.width, c.steps = c.height or h, c.width or w, c.steps or run.get('sample_steps', 28)
+    c.height, c.width = c.resolution = c.height or h, c.width or w
+    c.steps = c.steps or run.get('sample_steps', 28)
     c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 256)
     if c.guidance is None:                                             # train_opd.py's, train_teacher.py's
         c.guidance = run.get('rollout_guidance', run.get('guidance', 1.0))
     if c.distilled_guidance is None:
         c.distilled_guidance = run.get('distilled_guidance', 3.5)
-    return name, configs
+    return found
 
 
 def read_rows(c, run):
@@ -109,14 +113,12 @@ def read_rows(c, run):
     return [{**r, 'source_image': r.get('source_image') or c.source} for r in rows]
 
 
-def render(c, models, prompts, who, todo):
+def render(c, models, who, batch):
     """Pictures in [0, 1] of samples that all have a source picture, or all have none."""
-    field, h, w = models.field, c.height, c.width
-    cond, empty = prompts.conditions([s.row for s in todo], h, w)
-    noise = [torch.randn(field.shape(h, w), generator=torch_rng(c.seed, s.prompt, s.image)) for s in todo]
-    z = field.start(torch.stack(noise).to(field.device), c.steps, h, w)
-    velocity = lambda z, s, alive: models.velocity(who, z, s, cond, empty, c.guidance)  # nobody leaves early
-    return field.decode(sample(velocity, z, field.sigmas(c.steps, h, w).to(field.device))).cpu()
+    models.prompts.condition(batch, *c.resolution)
+    sigmas = models.field.sigmas(c.steps, *c.resolution).to(models.field.device)
+    velocity, z = partial(models.velocity, who, w=c.guidance), first_states(batch, models, c)
+    return models.field.decode(denoise(velocity, batch, z, sigmas)).cpu()
 
 
 def small(x, most=384):
@@ -136,11 +138,11 @@ def check(c):
     if c.score:
         load_function(c.score)
     path, run = locate(c)
-    name, configs = fill(c, run)
+    found = fill(c, run)
     rows = read_rows(c, run)
     paths = {r['source_image'] for r in rows} - {''}
-    sources = {p: small(load_image(p, c.height, c.width) / 2 + 0.5) for p in paths}
-    check_size(name, configs, c.height, c.width, bool(sources))
+    sources = {p: small(load_image(p, *c.resolution) / 2 + 0.5) for p in paths}
+    check_size(*found, *c.resolution, bool(sources))
     return path, merge_lora.read_adapter(path) if path else {}, rows, sources
 
 
@@ -149,39 +151,34 @@ def main(argv):
     c = configure(SETTINGS, argv)
     path, adapter, rows, sources = check(c)
     device = launch(c.device).device
-    low = {'auto': 'bfloat16' if device.type == 'cuda' else 'float32'}.get(c.dtype, c.dtype)
-    field = open_field(c.model, getattr(torch, low), device, c.family, c.max_sequence_length,
-                       c.distilled_guidance)
-    configs = dict(vae=dict(field.vae.config), transformer=dict(field.net.config))
-    check_size(type(field.pipe).__name__, configs, c.height, c.width, bool(sources))  # a hub id's, now
-    models, encoded, who = Models(field), Prompts(field), 'student' if adapter else 'base'
+    field = open_field(c.model, c.dtype, device, c.family, c.max_sequence_length, c.distilled_guidance)
+    models, who = Models(field), 'student' if adapter else 'base'
     if adapter:
         adapter = models.fit(adapter, c.ckpt)
         attach(field.net, who, {k: (A, B, s * c.scale) for k, (A, B, s) in adapter.items()})
         models.refresh()
-    print(f'{path or "the base"} on {c.model}: {c.height} x {c.width} pixels, {c.steps} steps, '
+    print(f'{path or "the base"} on {c.model}: {c.resolution[0]} x {c.resolution[1]} pixels, {c.steps} steps, '
           f'guidance {c.guidance}')
 
     out, sheet, scores, judge = Path(c.out_dir), {}, {}, load_function(c.score) if c.score else None
     out.mkdir(parents=True, exist_ok=True)
-    encoded.add([('', False), ('', True)], keep=True)
     for at in range(0, len(rows), AHEAD):
         some = list(enumerate(rows))[at:at + AHEAD]
-        encoded.add(text_key(r) for _, r in some)
+        models.prompts.add(r for _, r in some)
         for sourced in (False, True):                                  # the two cannot share a forward
-            todo = [SimpleNamespace(prompt=i, image=k, row=r) for i, r in some for k in range(c.num)
-                    if bool(r['source_image']) == sourced]
+            todo = [Sample(r, torch_rng(c.seed, i, k), number=k, group=i) for i, r in some
+                    for k in range(c.num) if bool(r['source_image']) == sourced]
             for batch in (todo[j:j + c.batch_size] for j in range(0, len(todo), c.batch_size)):
-                pictures = render(c, models, encoded, who, batch)
+                pictures = render(c, models, who, batch)
                 said = judge(pictures, [s.row for s in batch]) if judge else ()
                 for s, one in zip(batch, said):
                     scores.setdefault(s.row.get('task') or 'all', []).append(one)
                 for s, x in zip(batch, pictures):
-                    file = out / f'{s.prompt:04d}_{s.image}.png'
+                    file = out / f'{s.group:04d}_{s.number}.png'
                     Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
                     print(file)
-                    if s.prompt < SHEET:
-                        sheet.setdefault(s.prompt, []).append(small(x))
+                    if s.group < SHEET:
+                        sheet.setdefault(s.group, []).append(small(x))
     lines = [[sources.get(r['source_image']), *sheet[i]] for i, r in enumerate(rows[:SHEET])]
     grid(lines, out / 'grid.png', [r['prompt'] for r in rows[:SHEET]], ['source', *map(str, range(c.num))])
     print(out / 'grid.png')

@@ -14,22 +14,27 @@ The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='o
 for sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out
 on purpose: value networks, reward models trained along the way, full fine-tuning.
 """
-import itertools, math, os, sys
+import itertools, math, signal, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 import configurator
-import rewards
 import train_opd
 from configurator import collect, need
-from files import grid, load_function, load_image, score_mean
-from train_opd import (Run, check_data, check_number, check_settings, diffusionopd_loss, gather,
-                       group_advantage, pick, ppo_loss, rng, torch_rng, velocity_error)
+from support import checks, rewards
+from support.checks import is_number
+from support.files import grid, judged, load_image
+from support.run import Folder, gather, launch
+from train_opd import (Method, Sample, Term, col, find_family, group_advantage, held_out, kl_weight,
+                       learning_rate, micro_batches, open_models, plan, policy, ppo_loss, render,
+                       rng, torch_rng, trajectories, trajectory, velocity_error)
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
 method = 'sft'
 data: list = ['data/shapes/count.csv']
@@ -75,14 +80,12 @@ out_dir = 'out/teacher'
 sample_steps = 16
 score = ''                          # file.py:function; looked at in evaluations, never trained on
 eval_samples = 64
-ROLLOUT = 'steps sde eta group_size same_noise drop_last clip_range adv_clip updates kl_beta kl_var reward'
+DISTILLATION = '''teachers routes routes_per_step rollout_guidance student_guidance states queries query
+anchor anchor_beta score_samples'''.split()                      # train_opd.py's own
 OWN = collect(sys.modules[__name__])
-SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in train_opd.DISTILLATION}, **own}
+SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in DISTILLATION}, **own}
                  for shared, own in zip(train_opd.SETTINGS, OWN))
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The mathematics: pure functions
 
 def draw_sigma(schedule, r, kind):
     """A noise level from the family's own schedule (a fine one, falling): time uniform, or logit-normal
@@ -90,6 +93,89 @@ def draw_sigma(schedule, r, kind):
     u = r.random() if kind == 'uniform' else 1 / (1 + math.exp(-r.gauss(0, 1)))
     return schedule[min(int((1 - u) * (len(schedule) - 1)), len(schedule) - 2)]
 
+
+def check(c):
+    choices = dict(checks.SHARED, method=METHODS, sde=train_opd.SDES,
+                   sigmas=('logit_normal', 'uniform'))
+    checks.check_settings(c, SETTINGS[0], METHODS, choices,
+                          (*checks.ABOVE_0, 'eta', 'timestep_fraction'))
+    rl, G, left = c.method != 'sft', c.group_size, c.steps - c.drop_last
+    need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
+         '(DanceGRPO: 12)')
+    need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set '
+         'group_size = 2')
+    need(c.method != 'sdpo' or c.same_noise, 'same_noise = False: SDPO\'s pairs start from one noise')
+    need(c.method != 'sdpo' or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a forward; at '
+         'least 2')
+    need(c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)')
+    for k in 'timestep_fraction prompt_dropout gamma'.split():
+        need(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
+    need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
+    need(c.method != 'sdpo' or c.updates <= left, f'updates = {c.updates}: at most one for each of the '
+         f'{left} steps that are trained')
+    need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
+    need(c.sde != 'cps' or c.kl_var == 'true', "kl_var = 'code' is about 'flow' and 'dance'; with "
+         "sde = 'cps' leave it at 'true'")
+    need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
+         "adapter")
+    need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
+    for r in c.reward if rl else ():
+        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str),
+             f'reward {r!r}: a dict(reward=name, weight=number)')
+        need(is_number(r.get('weight', 1)), f'reward {r["reward"]!r}: weight must be more than 0, '
+             f'not {r.get("weight")!r}')
+    names = [r['reward'] for r in c.reward if rl]
+    need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
+    for name in names + [c.watch_reward] * bool(c.watch_reward):
+        rewards.check(name)
+    return checks.check_data(c, find_family, need_target=not rl)
+
+# --------------------------------------------------------------------------------------------------
+# Rewards
+
+class Judges:
+    """The rewards of a run. They are asked in a thread, while the next pictures are made; after a
+    failure nobody is asked any more."""
+
+    def __init__(self, c, folder):
+        device, self.folder, self.failed = folder.world.device, folder, None
+        asked = c.reward if c.method != 'sft' else []
+        self.weights = {r['reward']: r.get('weight', 1.0) for r in asked}
+        self.rewards = {name: rewards.load(name, device) for name in self.weights}
+        self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}
+        set_gpu = partial(torch.cuda.set_device, device) if device.type == 'cuda' else None
+        self.pool = ThreadPoolExecutor(1, initializer=set_gpu)
+        # of sdpo: the returns that are remembered of a prompt, a reward and a step
+        self.memory = {(p, name, i): deque(v, c.buffer) for p, name, i, v in folder.state
+                       if name in self.weights}
+
+    def ask(self, images, rows):
+        """A tensor a reward. `submit` does it later."""
+        try:
+            if self.failed:
+                raise self.failed
+            return [torch.tensor(rewards.checked(name, f, images, rows, self.folder.out))
+                    for name, f in self.rewards.items()]
+        except rewards.RewardError as e:
+            self.failed = e
+            raise
+
+    def submit(self, latents, rows, models):
+        return self.pool.submit(self.ask, models.field.decode(latents), rows)
+
+    def note(self, batch, values):
+        total = sum(w * v for w, v in zip(self.weights.values(), values))
+        each = {f'reward/{k}': v for k, v in zip(self.weights, values)}
+        self.folder.note(batch, reward=total, **each)
+
+    def note_groups(self, samples, alive, group):
+        dead = 1.0 - alive.float()
+        self.folder.note(samples[::group], groups=torch.ones_like(dead), skipped_groups=dead,
+                         skipped_share=dead)
+
+
+# --------------------------------------------------------------------------------------------------
+# What an action was worth: rewards and advantages of a group of samples stand in a row
 
 def combined_advantage(values, weights, group, clip=5.0, stds=None):
     """Several rewards: each normalised within its group, then added by weight, so that no scale wins. Also
@@ -142,266 +228,266 @@ def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
     return torch.maximum(square(change), square(change.clamp(-clip_range, clip_range)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+# --------------------------------------------------------------------------------------------------
+# Methods: generators of updates, which are generators of terms (see train_opd.py)
 
-def check(c):
-    choices = dict(method=('sft', 'grpo', 'sdpo'), sigmas=('logit_normal', 'uniform'),
-                   kl_var=('true', 'code'))
-    owners = {'timestep_fraction best_of global_std': 'grpo', 'gamma buffer': 'sdpo',
-              'sigmas prompt_dropout': 'sft', ROLLOUT: 'grpo or sdpo'}
-    check_settings(c, SETTINGS[0], choices, owners, c.updates if c.method == 'grpo' else 1,
-                   above='lr alpha clip_range adv_clip eta timestep_fraction')
-    rl, G, left = c.method != 'sft', c.group_size, c.steps - c.drop_last
-    need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
-         '(DanceGRPO: 12)')
-    need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set '
-         'group_size = 2')
-    need(c.method != 'sdpo' or c.same_noise, 'same_noise = False: SDPO\'s pairs start from one noise')
-    need(c.method != 'sdpo' or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a forward; at '
-         'least 2')
-    need(c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)')
-    for k in 'timestep_fraction prompt_dropout gamma'.split():
-        need(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
-    need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
-    need(c.method != 'sdpo' or c.updates <= left, f'updates = {c.updates}: at most one for each of the '
-         f'{left} steps that are trained')
-    need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
-    need(c.sde != 'cps' or c.kl_var == 'true', "kl_var = 'code' is about 'flow' and 'dance'; with "
-         "sde = 'cps' leave it at 'true'")
-    need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
-         "adapter")
-    need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
-    for r in c.reward if rl else ():
-        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str),
-             f'reward {r!r}: a dict(reward=name, weight=number)')
-        check_number(f'reward {r["reward"]!r}: weight', r.get('weight', 1))
-    names = [r['reward'] for r in c.reward if rl]
-    need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
-    for name in names + [c.watch_reward] * bool(c.watch_reward):
-        rewards.check(name)
-    return check_data(c, [], need_target=not rl)
+def sft(samples, models, c):
+    yield flow_matching(samples, models, c)
+
+
+def flow_matching(samples, models, c):
+    """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
+    schedule = models.field.sigmas(1000, *c.resolution)
+    for batch in micro_batches(samples, models, c):
+        for s in batch:
+            if rng(c.seed, s.step, s.number, 'drop').random() < c.prompt_dropout:
+                s.cond = s.empty
+        sigma = torch.stack([draw_sigma(schedule, rng(c.seed, s.step, s.number, 'sigma'), c.sigmas)
+                             for s in batch]).to(models.field.device)
+        x0 = torch.stack([load_image(s.row['target_image'], *c.resolution) for s in batch])
+        x0 = models.field.encode_image(x0)
+        eps = [torch.randn(x.shape, generator=s.noise) for s, x in zip(batch, x0)]
+        eps = torch.stack(eps).to(x0.device)
+        z = (1 - col(sigma)) * x0 + col(sigma) * eps
+        v = models.velocity('student', batch, z, sigma)
+        loss = velocity_error(v, eps - x0)
+        yield Term(batch, loss, dict(loss=loss.detach(), sigma=sigma))
+
+
+def near_base(t, v, z, s, s_next, models, c, looked):
+    """KL(student step || base step), one number a sample, and the same for the log. With kl_beta = 0
+    it is only looked at, once in a step."""
+    if looked and not c.kl_beta:
+        return 0.0, {}
+    looked.append(True)
+    with torch.no_grad():
+        v_base = models.velocity('base', t.batch, z, s, c.guidance)
+    kl = kl_weight(s, s_next, c.eta, c.sde, c.kl_var) * velocity_error(v, v_base)
+    return c.kl_beta * kl if c.kl_beta else 0.0, dict(kl=kl.detach())
+
+
+@torch.no_grad()
+def last_picture(t, models, c):
+    """The clean latents that a trajectory ends in; what its last steps lack is one without noise."""
+    n, z = len(t.z) - 1, t.z[-1]
+    if n == c.steps:
+        return z
+    s = models.sigmas[n]
+    return z - s * models.velocity('student', t.batch, z, s.expand(len(z)), c.guidance)
+
+
+def pick(t, k):
+    """Some samples of a trajectory: entries k of its batch, columns k of its tensors (steps, B, ..)."""
+    return SimpleNamespace(**{name: x[:, k] if torch.is_tensor(x) else [x[j] for j in k]
+                              for name, x in vars(t).items()})
+
+
+def grpo(samples, models, c):
+    """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
+    n, looked, judges = c.steps - c.drop_last, [], models.judges
+    parts = trajectories(samples, models, c)
+    everyone = [t for part in parts for t in part]
+    jobs = [judges.submit(last_picture(t, models, c), [s.row for s in t.batch], models)
+            for t in everyone]
+    values = {id(t): job.result() for t, job in zip(everyone, jobs)}
+    for t in everyone:
+        judges.note(t.batch, values[id(t)])
+    stds = None
+    if c.global_std:                                           # of all updates and processes
+        rows = [r for t in everyone for r in torch.stack(values[id(t)], 1).tolist()]
+        stds = list(torch.tensor(gather(judges.folder.world, rows)).std(0))
+    trained = rng(c.seed, samples[0].step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction)))
+    for part in parts:
+        together = [torch.cat(v) for v in zip(*(values[id(t)] for t in part))]
+        advantage, alive = combined_advantage(together, judges.weights.values(), c.group_size,
+                                              c.adv_clip, stds)
+        judges.note_groups([s for t in part for s in t.batch], alive, c.group_size)
+        use = alive.repeat_interleave(c.group_size)
+        if c.best_of:
+            use &= extremes(advantage, c.group_size, c.best_of)
+        yield grpo_terms(part, advantage, use, sorted(trained), models, c, looked)
+
+
+def grpo_terms(part, advantage, use, trained, models, c, looked):
+    scale, at = c.updates / len(trained) * (c.group_size / c.best_of if c.best_of else 1), 0
+    for t in part:
+        here = slice(at, at + len(t.batch))
+        at += len(t.batch)
+        t.advantage = advantage[None, here].to(models.field.device)
+        t = pick(t, use[here].nonzero().flatten().tolist())
+        for i in trained if t.batch else ():
+            v, logp, z, s, s_next = policy(t, i, models, c)
+            loss, numbers = ppo_loss(logp, t.logp[i], t.advantage[0], c.clip_range)
+            kl, seen = near_base(t, v, z, s, s_next, models, c, looked)
+            yield Term(t.batch, scale * (loss + kl), dict(loss=loss.detach(), sigma=s, **numbers, **seen))
+
+
+def sdpo(samples, models, c):
+    """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps,
+    which are dealt among the updates."""
+    judges, step, looked = models.judges, samples[0].step, []
+    names = list(judges.weights)
+    n = c.steps - c.drop_last
+    ts = [dual_states(trajectory(batch, models, c), models, c)
+          for batch in micro_batches(samples, models, c, whole=2)]
+    jobs = []
+    for t in ts:
+        latents = torch.cat([t.clean[q, torch.arange(len(t.batch))] for q in t.asked])
+        jobs.append(judges.submit(latents, [s.row for s in t.batch] * len(t.asked), models))
+    found = []
+    for t, job in zip(ts, jobs):
+        values = [v.view(len(t.asked), -1).to(t.z.device) for v in job.result()]
+        judges.note(t.batch, [v[-1] for v in values])
+        t.returns = torch.stack([returns(interpolate(t.clean, t.asked, v), c.gamma) for v in values])
+        found += [(s.number, s.row['prompt'], t.returns[:, :, j].tolist())
+                  for j, s in enumerate(t.batch)]
+    found = sorted(gather(judges.folder.world, found))                # the memory is the same everywhere
+    each = list(itertools.product(range(len(names)), range(n)))
+    for (_, prompt, x), (r, i) in itertools.product(found, each):
+        judges.memory.setdefault((prompt, names[r], i), deque(maxlen=c.buffer)).append(x[r][i])
+    judges.folder.state = [(*k, list(v)) for k, v in judges.memory.items()]
+    together = {(r, i): [x[r][i] for _, _, x in found] for r, i in each}
+    for t in ts:
+        t.advantage = torch.zeros_like(t.returns[0])
+        for (j, s), (r, i) in itertools.product(enumerate(t.batch), each):
+            past = judges.memory[s.row['prompt'], names[r], i]
+            a = buffered(t.returns[r, i, j].item(), past, together[r, i])
+            t.advantage[i, j] += judges.weights[names[r]] * a
+        t.advantage.clamp_(-c.adv_clip, c.adv_clip)
+        differ = (t.returns[..., 0::2] != t.returns[..., 1::2]).any(0).any(0)
+        judges.note_groups(t.batch, differ, 2)
+        t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n)
+                                for s in t.batch]).T
+    for u in range(c.updates):
+        yield sdpo_terms(ts, u, n, models, c, looked)
+
+
+def dual_states(t, models, c):
+    """After each step the noisy latent, and the clean picture predicted from it: t.clean. (The
+    prediction from the common first noise is the same for both and cannot tell them apart.) And of
+    which steps rewards are asked: first, a drawn one, last."""
+    later = [t.z[i] - models.sigmas[i] * t.v[i] for i in range(1, len(t.v))]
+    t.clean = torch.stack([*later, last_picture(t, models, c)])
+    n, zero = len(t.clean), torch.zeros(len(t.batch), dtype=torch.long)
+    t.asked = [zero, zero + n - 1] if n > 1 else [zero]
+    if n > 2:
+        middle = [rng(c.seed, s.step, s.group, 'anchor').randrange(1, n - 1) for s in t.batch]
+        t.asked.insert(1, torch.tensor(middle))
+    return t
+
+
+def sdpo_terms(ts, u, n, models, c, looked):
+    for t in ts:
+        for i in (i for k, i in enumerate(t.order) if k * c.updates // n == u):
+            b = torch.arange(len(i))
+            v, logp, z, s, s_next = policy(t, i, models, c)
+            loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(v.device),
+                             c.clip_range).repeat_interleave(2)
+            kl, seen = near_base(t, v, z, s, s_next, models, c, looked)
+            off = (logp - t.logp[i, b]).detach().abs()
+            numbers = dict(loss=loss.detach(), sigma=s, ratio_off=off,
+                           clipped=(off > c.clip_range).float(), **seen)
+            yield Term(t.batch, c.updates / n * (loss + kl), numbers)
+
+
+ROLLOUT = ('steps', 'sde', 'eta', 'group_size', 'same_noise', 'drop_last', 'clip_range', 'adv_clip',
+           'updates', 'kl_beta', 'kl_var', 'reward')
+METHODS = dict(
+    sft=Method(sft, ('sigmas', 'prompt_dropout')),
+    grpo=Method(grpo, (*ROLLOUT, 'timestep_fraction', 'best_of', 'global_std')),
+    sdpo=Method(sdpo, (*ROLLOUT, 'gamma', 'buffer')))
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation and training
+
+def evaluate(step, held, models, c, judges, folder):
+    """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows hacking."""
+    student, world, lines, names, found = models.student, folder.world, [], [], {}
+    for label, rows in held.items():
+        rows = rows[:c.eval_samples]
+        with student.wearing(student.ema):
+            now = render('student', label, rows, models, c, world)
+            if c.method == 'sft' and all(r['target_image'] for r in rows):
+                samples = [Sample(r, torch_rng(c.seed, 'loss', label, i), step='eval', number=i)
+                           for i, r in enumerate(rows)]
+                with torch.no_grad():
+                    terms = flow_matching(samples[world.rank::world.size], models, c)
+                    losses = gather(world, [x for term in terms for x in term.loss.tolist()])
+                found[f'loss/{label}'] = sum(losses) / len(losses)
+        for name, f in {**judges.rewards, **judges.watched}.items():
+            checked = partial(rewards.checked, name, f, folder=folder.out)
+            found[f'{name}/{label}'] = judged(checked, now, rows, c.micro_batch, world)
+        if c.score:
+            found[f'score/{label}'] = judged(c.score, now, rows, c.micro_batch, world)
+        base = render('base', label, rows[:c.show], models, c, world)
+        for i, r in enumerate(rows[:c.show]):
+            pair = [load_image(r[k], *c.resolution) / 2 + 0.5 if r[k] else None
+                    for k in ('source_image', 'target_image')]
+            lines.append([*pair, base[i], now[i]])
+            names.append(f'{label}: {r["prompt"]}')
+    if world.rank == 0:
+        grid(lines, folder.out / 'samples' / f'step_{step:06d}.png', names,
+             ['source', 'target', 'base', 'now'])
+    folder.say(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in found.items()))
+    folder.add(dict(step=step, **{f'eval/{k}': v for k, v in found.items()}))
 
 
 def main(argv):
-    c = train_opd.own_settings(SETTINGS, argv)
-    d = check(c)
-    if os.environ.get('RANK', '0') == '0':
-        print(f'{c.method} on {c.model}, {"%d x %d" % d.size} pixels, '
-              f'{c.batch_size} samples a step' + (f' in groups of {c.group_size}, {c.steps} steps of {c.sde} '
-                                                  f'{c.eta}' if c.method != 'sft' else ''))
-        for k, b in d.buckets.items():
-            print(f'bucket {k:20s} {len(b)} rows, {len(d.held[k])} to evaluate on')
+    c = checks.own_settings(SETTINGS, argv)
+    data = check(c)
+    world = launch(c.device, c.tf32)
+    if world.rank == 0:
+        print(f'{c.method} on {c.model}, {c.batch_size} samples a step in groups of {c.group_size}')
+        for k, b in data.buckets.items():
+            print(f'bucket {k:20s} {len(b)} rows, {len(data.held[k])} to evaluate on')
     if c.dry_run:
         return print('dry run: settings and data are fine')
-    routes = [dict(data=k, weight=float(len(b))) for k, b in d.buckets.items()]
-    plan_at = lambda run, step: run.mine(step, routes, same_noise=c.same_noise and c.method != 'sft',
-                                       updates=c.updates if c.method == 'grpo' else 1)
-    device = train_opd.launch(c.device, c.tf32).device                 # rewards first: their files may lack
-    judges = [(r['reward'], rewards.load(r['reward'], device), r.get('weight', 1.0)) for r in c.reward
-              if c.method != 'sft']
-    watch = rewards.load(c.watch_reward, device) if c.watch_reward else None
-    run = Run(c, d, plan_at, max(c.eval_samples, c.show))
-    student, models = run.student, run.models
-    names = [name for name, *_ in judges]
-    memory = {(p, name, i): deque(v, c.buffer) for p, name, i, v in run.state if name in names}  # of sdpo
-    looked, failed = set(), []
-    path, fine = run.sigmas, run.field.sigmas(1000, *d.size) if c.method == 'sft' else None
+    c.routes = [dict(data=k, weight=float(len(b))) for k, b in data.buckets.items()]
+    c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance
+    same_noise = c.same_noise and c.method != 'sft'
 
-    def ask_rewards(images, rows):
-        """All rewards of some pictures, one list each. After a failure nobody is asked any more."""
-        if not failed:
-            try:
-                return [torch.tensor(rewards.checked(k, f, images, rows, run.out)) for k, f, _ in judges]
-            except rewards.RewardError as e:
-                failed.append(e)
-        raise failed[0]
+    folder = Folder(c, world)
+    judges = Judges(c, folder)
+    models = open_models(c, world.device, checkpoint=folder.resumed)
+    models.judges = judges
+    student, prefix, stop = models.student, models.field.prefix, []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    if not folder.resumed:
+        folder.save(0, student, prefix)
+    held = held_out(data, c, max(c.eval_samples, c.show))
+    evaluate(folder.first, held, models, c, judges, folder)
 
-    def reward_thread():                                       # by itself it would have the first GPU
-        own = device if device.type == 'cuda' else None
-        return ThreadPoolExecutor(1, initializer=lambda: own and torch.cuda.set_device(own))
+    bar = tqdm(range(folder.first, c.max_steps), initial=folder.first, total=c.max_steps,
+               disable=None if world.rank == 0 else True)      # None: where nobody looks
+    for step in bar:
+        if step == folder.first or step % c.encode_every == 0:
+            ahead = range(step, min(c.max_steps, (step // c.encode_every + 1) * c.encode_every))
+            models.prompts.add(s.row for k in ahead for s in plan(k, c, data.buckets, world))
+        samples = plan(step, c, data.buckets, world, same_noise)
 
-    def note_rewards(todo, values):
-        run.note(todo, reward=sum(w * v for (_, _, w), v in zip(judges, values)),
-                 **{f'reward/{name}': v for (name, _, _), v in zip(judges, values)})
+        for terms in METHODS[c.method].updates(samples, models, c):
+            for term in terms:
+                share = torch.tensor([s.share for s in term.batch], device=world.device)
+                (share * term.loss).sum().backward()
+                folder.note(term.batch, **term.numbers)
+            norm = student.update(learning_rate(step, c), c, world, (step + 1) % c.ema_every == 0)
 
-    def note_groups(todo, alive):
-        dead = 1.0 - alive.float()
-        run.note(todo[::c.group_size], groups=torch.ones_like(dead), skipped_groups=dead, skipped_share=dead)
-
-    def flow_matching(todo, step, backward=True):
-        """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
-        total = []
-        for some in run.chunks(todo):
-            cond, empty = run.prompts.conditions([s.data for s in some], *d.size)
-            cond = [e if backward and rng(c.seed, step, s.number, 'drop').random() < c.prompt_dropout else x
-                    for s, x, e in zip(some, cond, empty)]
-            sigma = torch.stack([draw_sigma(fine, rng(c.seed, step, s.number, 'sigma'), c.sigmas)
-                                 for s in some]).to(device)
-            x0 = torch.stack([load_image(s.data['target_image'], *d.size) for s in some])
-            x0 = run.field.encode_image(x0)
-            eps, s = run.noise(some), train_opd.col(sigma)
-            v = models.velocity('student', (1 - s) * x0 + s * eps, sigma, cond)
-            loss = velocity_error(v, eps - x0)
-            if backward:
-                (loss * torch.tensor([x.share for x in some], device=device)).sum().backward()
-                run.note(some, loss=loss.detach(), sigma=sigma)
-            total += loss.tolist()
-        return total
-
-    def near_base(t, v, z, s, s_next):
-        """KL(student step || base step), one number a sample, and the same for the log. With kl_beta = 0 it
-        is only looked at, once in a step."""
-        if not c.kl_beta and run.step in looked:
-            return 0.0, {}
-        looked.add(run.step)
-        with torch.no_grad():
-            v_base = run.velocity('base', t.todo, z, s, c.guidance)
-        kl = diffusionopd_loss(v, v_base, s, s_next, c.eta, c.sde, c.kl_var)
-        return kl if c.kl_beta else 0.0, dict(kl=kl.detach())
-
-    def rolled(todo, n):
-        """Trajectories and final latents. Rewards are asked in a thread, while the next chunk is sampled."""
-        for some in run.chunks(todo):
-            if failed:
-                raise failed[0]
-            t = run.trajectory(some, n, c.guidance)
-            with torch.no_grad():
-                z, s = t.z[-1], path[n].expand(len(some))
-                x0 = z if n == c.steps else z - path[n] * run.velocity('student', some, z, s, c.guidance)
-            yield t, x0
-
-    def grpo(todo, step):
-        """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
-        n = c.steps - c.drop_last
-        with reward_thread() as pool, torch.no_grad():
-            jobs = [[(t, pool.submit(ask_rewards, run.field.decode(x0), [s.data for s in t.todo]))
-                     for t, x0 in rolled(p, n)] for p in run.parts(todo)]
-            got = [[(t, job.result()) for t, job in part] for part in jobs]
-        whole = None
-        if c.global_std:                                       # of all chunks and processes
-            rows = [r for part in got for _, values in part for r in torch.stack(values, 1).tolist()]
-            whole = list(torch.tensor(gather(run.world, rows)).std(0))
-        trained = sorted(rng(c.seed, step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction))))
-        for part in got:
-            for t, values in part:
-                note_rewards(t.todo, values)
-                advantage, alive = combined_advantage(values, [w for _, _, w in judges], c.group_size,
-                                                      c.adv_clip, whole)
-                note_groups(t.todo, alive)
-                use = alive.repeat_interleave(c.group_size)
-                use &= extremes(advantage, c.group_size, c.best_of) if c.best_of else True
-                t.advantage = advantage[None].to(device)
-                use = pick(t, use.nonzero().flatten().tolist())
-                for t, i in ((t, i) for t in run.pieces(use) for i in trained):
-                    share = torch.tensor([s.share for s in t.todo], device=device) * c.updates / len(trained)
-                    share *= c.group_size / c.best_of if c.best_of else 1
-                    v, logp, z, s, s_next = run.policy(t, i)
-                    loss, ratio = ppo_loss(logp, t.logp[i], t.advantage[0], c.clip_range)
-                    kl, seen = near_base(t, v, z, s, s_next)
-                    (share * (loss + c.kl_beta * kl)).sum().backward()
-                    off = (ratio - 1).abs()
-                    run.note(t.todo, loss=loss.detach(), sigma=s, ratio_off=off,
-                             clipped=(off > c.clip_range).float(), **seen)
-            run.apply()
-
-    def sdpo(todo, step):
-        """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps."""
-        n, ts, all_returns = c.steps - c.drop_last, [], []
-        with reward_thread() as pool, torch.no_grad():
-            for t, x0 in rolled(todo, n):
-                # dual states: after each step the noisy latent, and the clean picture predicted from it. (The
-                # prediction from the common first noise is the same for both and cannot tell them apart.)
-                later = [t.z[i] - path[i] * t.v[i] for i in range(1, n)]
-                t.clean = torch.stack([*later, x0])
-                B, steps_ = len(t.todo), len(t.clean)
-                middle = [rng(c.seed, step, s.group, 'anchor').randrange(1, steps_ - 1) if steps_ > 2 else 0
-                          for s in t.todo]
-                asked = [torch.zeros(B, dtype=torch.long), torch.tensor(middle), torch.full((B,), steps_ - 1)]
-                asked = [q for k, q in enumerate(asked) if (k < 1 or steps_ > 1) and (k != 1 or steps_ > 2)]
-                rows = [s.data for s in t.todo] * len(asked)
-                pictures = run.field.decode(torch.cat([t.clean[q, torch.arange(B)] for q in asked]))
-                ts.append((t, asked, pool.submit(ask_rewards, pictures, rows)))
-            for t, asked, job in ts:
-                values = [v.view(len(asked), -1).to(device) for v in job.result()]
-                note_rewards(t.todo, [v[-1] for v in values])
-                t.returns = torch.stack([returns(interpolate(t.clean, asked, v), c.gamma) for v in values])
-                all_returns += [(s.number, s.data['prompt'], t.returns[:, :, j].tolist())
-                                for j, s in enumerate(t.todo)]
-        everyone = sorted(gather(run.world, all_returns))      # the buffers are the same on all processes
-        each = list(itertools.product(range(len(judges)), range(n)))
-        for (_, prompt, x), (r, i) in itertools.product(everyone, each):
-            memory.setdefault((prompt, names[r], i), deque(maxlen=c.buffer)).append(x[r][i])
-        run.state = [(*k, list(v)) for k, v in memory.items()]
-        batch = {(r, i): [x[r][i] for _, _, x in everyone] for r, i in each}
-        for t, *_ in ts:
-            t.advantage = torch.zeros_like(t.returns[0])
-            for (j, s), (r, i) in itertools.product(enumerate(t.todo), each):
-                t.advantage[i, j] += judges[r][2] * buffered(t.returns[r, i, j].item(),
-                                                             memory[s.data['prompt'], names[r], i],
-                                                             batch[r, i])
-            t.advantage.clamp_(-c.adv_clip, c.adv_clip)
-            note_groups(t.todo, (t.returns[..., 0::2] != t.returns[..., 1::2]).any(0).any(0))
-            t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n)
-                                    for s in t.todo]).T
-        for u in range(c.updates):
-            for t, *_ in ts:
-                for i in (i for k, i in enumerate(t.order) if k * c.updates // n == u):
-                    v, logp, z, s, s_next = run.policy(t, i)
-                    b = torch.arange(len(i))
-                    loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(device),
-                                     c.clip_range)
-                    kl, seen = near_base(t, v, z, s, s_next)
-                    share = torch.tensor([x.share for x in t.todo], device=device) * c.updates / n
-                    ((2 * share[0::2] * loss).sum() + c.kl_beta * (share * kl).sum()).backward()
-                    off = (logp - t.logp[i, b]).detach().abs()
-                    run.note(t.todo, loss=loss.detach().repeat_interleave(2), sigma=s, ratio_off=off,
-                             clipped=(off > c.clip_range).float(), **seen)
-            run.apply()
-
-    still = {}
-
-    def evaluate(step):
-        """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows hacking."""
-        result, lines, names = {}, [], []
-        for k in d.buckets:
-            rows = run.eval_rows[k][:c.eval_samples]
-            now = run.render('student', k, rows, c.sample_steps, c.guidance, student.ema)
-            if k not in still:
-                still[k] = run.render('base', k, rows[:c.show], c.sample_steps, c.guidance)
-            if c.method == 'sft' and all(r['target_image'] for r in rows):
-                todo = [SimpleNamespace(data=r, label=k, number=i, noise=torch_rng(c.seed, 'loss', k, i))
-                        for i, r in enumerate(rows)]
-                with torch.no_grad(), student.wearing(student.ema):
-                    losses = gather(run.world,
-                                    flow_matching(todo[run.world.rank::run.world.size], 'eval', False))
-                result[f'loss/{k}'] = sum(losses) / len(losses)
-            for name, f, _ in judges + ([('watched', watch, 0)] if watch else []):
-                ask = lambda images, rows: rewards.checked(name, f, images, rows, run.out)
-                result[f'{name}/{k}'] = score_mean(run.judged(ask, now, rows))
-            if c.score:
-                result[f'score/{k}'] = score_mean(run.judged(load_function(c.score), now, rows))
-            for i, r in enumerate(rows[:c.show]):
-                pair = [run.picture(r[p]) for p in ('source_image', 'target_image')]
-                lines.append([*pair, still[k][i], now[i]])
-                names.append(f'{k}: {r["prompt"]}')
-        if run.world.rank == 0:
-            grid(lines, run.out / 'samples' / f'step_{step:06d}.png', names,
-                 ['source', 'target', 'base', 'now'])
-            print(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in result.items()))
-            run.log.add(dict(step=step, **{f'eval/{k}': v for k, v in result.items()}))
-        return result
-
-    before = run.at_start('eval/', evaluate(run.first))
-    for todo in run.steps(evaluate):
-        if c.method == 'sft':
-            flow_matching(todo, run.step)
-            run.apply()
-        else:
-            (grpo if c.method == 'grpo' else sdpo)(todo, run.step)
-    after = evaluate(c.max_steps)
-    run.end({k: dict(before=before[k], after=after[k]) for k in after},
-            ['loss', 'reward', 'kl', *(f'eval/{k}' for k in after)], 'evaluation')
+        done, final = step + 1, step + 1 == c.max_steps
+        bar.set_postfix(folder.glance(samples), refresh=False)
+        if done % c.log_every == 0 or final:
+            folder.report(done, grad_norm=norm, lr=learning_rate(step, c))
+        ending = any(gather(world, [bool(stop)]))
+        if done % c.save_every == 0 or final or ending:
+            folder.save(done, student, prefix)
+        if ending:
+            return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
+        if done % c.eval_every == 0 or final:
+            evaluate(done, held, models, c, judges, folder)
+    found = [e for e in folder.history if any(k.startswith('eval/') for k in e)]
+    if found:                                                  # without targets or a score there is nothing
+        folder.end({k[5:]: dict(before=found[0].get(k, x), after=x) for k, x in found[-1].items()
+                    if k != 'step'}, 'evaluation')
 
 
 if __name__ == '__main__':

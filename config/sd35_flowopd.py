@@ -6,9 +6,8 @@ family = 'StableDiffusion3Pipeline'
 resolution = 512
 teachers = [dict(name='ocr', lora='jieliu/SD3.5M-FlowGRPO-Text', guidance=4.5),
             dict(name='geneval', lora='jieliu/SD3.5M-FlowGRPO-GenEval', guidance=4.5)]
-routes = [dict(teacher='ocr', data='ocr'), dict(teacher='geneval', data='geneval')]
+routes = [dict(teacher='ocr', data='ocr', weight=1.0), dict(teacher='geneval', data='geneval', weight=3.0)]
 routes_per_step = 1
-cycle = ['ocr', 'geneval', 'geneval', 'geneval']  # published, 1 : 3
 data = ['data/examples/ocr.txt', 'data/examples/geneval.txt']
 eval_data = []                                    # examples to try it; a run wants thousands, some held out
 

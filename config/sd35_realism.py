@@ -1,13 +1,11 @@
 # DanceOPD's realism experiment: a fully fine-tuned SD3.5-medium as the teacher of a LoRA. Theirs is not
 # published: any folder or hub id with the transformer of a fine-tuned SD3.5-medium does.
 # Memory: about 24 GB at 1024 pixels (estimated: base and teacher in bf16 5 GB each, adapter and optimizer 2
-# GB, the rest activations). teacher_offload = True keeps the teacher on the CPU between uses: 5 GB less,
-# slower.
+# GB, the rest activations).
 model = 'stabilityai/stable-diffusion-3.5-medium'
 family = 'StableDiffusion3Pipeline'
 resolution = 1024
 teachers = [dict(name='realism', checkpoint='your-name/sd35-medium-realism')]
-teacher_offload = False
 routes = [dict(teacher='realism', data='t2i')]
 routes_per_step = 1
 data = ['data/examples/t2i.txt']                  # 30 prompts, to try it; a run wants thousands

@@ -11,6 +11,7 @@ over the world's few words, frozen text encoders of random words, and a trained 
 parameters. The teachers are made by train_teacher.py, as anybody's would be.
 """
 import csv, json, math, shutil, sys
+from functools import partial
 from collections import Counter
 from pathlib import Path
 
@@ -27,8 +28,8 @@ import merge_lora
 import train_opd
 import train_teacher
 import world
-from files import grid, read_data
-from train_opd import Models, Prompts, rng, torch_rng
+from support.files import grid, read_data
+from train_opd import Models, Sample, rng, torch_rng
 
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
@@ -314,24 +315,22 @@ def make_teachers(c):
 
 # ---------------------------------------------------------------------------------------------- measuring
 
-def pictures(models, prompts, who, rows, seed, steps=16):
+def pictures(models, who, rows, seed, steps=16):
     """Pictures of rows by the base or a teacher: Euler steps, no guidance."""
     out = []
     sigmas = models.field.sigmas(steps, world.SIZE, world.SIZE)
     for at in range(0, len(rows), 128):
         some = rows[at:at + 128]
-        prompts.add([('', False), ('', True)] + [train_opd.text_key(r) for r in some])
-        cond, _ = prompts.conditions(some, world.SIZE, world.SIZE)
-        z = torch.stack([torch.randn(3, world.SIZE, world.SIZE, generator=torch_rng('measure', seed, at + i))
-                         for i in range(len(some))])
+        batch = [Sample(r, torch_rng('measure', seed, at + i)) for i, r in enumerate(some)]
+        models.prompts.condition(batch, world.SIZE, world.SIZE)
+        z = torch.stack([torch.randn(3, world.SIZE, world.SIZE, generator=s.noise) for s in batch])
         with torch.no_grad():
-            z = train_opd.sample(lambda z, s, alive: models.velocity(who, z, s, [cond[j] for j in alive]), z,
-                                 sigmas)
+            z = train_opd.denoise(partial(models.velocity, who), batch, z, sigmas)
             out.append(models.field.decode(z))
     return torch.cat(out)
 
 
-def variety(models, prompts, n=96):
+def variety(models, n=96):
     """Entropy of what a prompt leaves open, over a uniform choice's: mean over prompts and open things."""
     def ratio(values, of):
         p = [k / len(values) for k in Counter(values).values()]
@@ -340,7 +339,7 @@ def variety(models, prompts, n=96):
     for prompt in ('a circle on white', 'a red shape on gray', 'a square on black', 'a triangle',
                    'a shape top left on white', 'two shapes on gray'):
         rows = [dict(prompt=prompt, source_image='')] * n
-        scenes = [s for s in world.read(pictures(models, prompts, 'base', rows, 'variety')) if s]
+        scenes = [s for s in world.read(pictures(models, 'base', rows, 'variety')) if s]
         things = [(i, *cell) for s in scenes for i, cell in enumerate(s[1]) if cell]
         _, background, (wanted, *_) = world.understand(prompt)
         found += [ratio([t[1 + k] for t in things], of) for k, of in ((0, 3), (1, 6)) if wanted[k] is None]
@@ -354,7 +353,6 @@ def measure(c):
     field = train_opd.open_field(f'{c.out}/base')
     names = [n for n in c.teachers if (Path(c.out) / 'teachers' / n).exists()]
     models = Models(field, [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names])
-    prompts = Prompts(field)
     buckets = {b: f'{c.out}/{b}_val.csv' for b in world.BUCKETS} | {'t2i_pairs': f'{c.out}/t2i_pairs.csv'}
     buckets |= {f'{b}_pairs': f'{c.work}/{b}_pairs.csv' for b in ('local_edit', 'global_edit') if b in names}
     rows, table = {}, {}
@@ -370,7 +368,7 @@ def measure(c):
         for b, some in rows.items():
             skill = b.removesuffix('_pairs') in (('t2i', 'open') if who == 'base' else (who,))
             seeds = range(c.seeds if skill else 1)             # what it should fail at needs no average
-            got = [world.score(pictures(models, prompts, who, some, seed), some) for seed in seeds]
+            got = [world.score(pictures(models, who, some, seed), some) for seed in seeds]
             right = [100 * sum(g['right'] for g in one) / len(one) for one in got]
             kept = [g['kept'] for one in got for g in one if 'kept' in g]
             line[b] = dict(right=sum(right) / len(right), spread=max(right) - min(right),
@@ -381,7 +379,7 @@ def measure(c):
     for who in names:
         if 'edit' in who:
             print(f'{who}: mean error of what had to stay {table[who][who]["kept"]:.4f}')
-    mean, least = variety(models, prompts, min(96, c.val_rows))
+    mean, least = variety(models, min(96, c.val_rows))
     table['variety'] = dict(mean=mean, least=least)
     print(f'open: entropy of what is left open, over that of a uniform choice: {mean:.2f}, the least varied '
           f'{least:.2f}')
@@ -390,7 +388,7 @@ def measure(c):
     for b in world.BUCKETS:
         who = b if b in names else 'base'
         some = rows[b][:4]
-        base, best = (pictures(models, prompts, w, some, 'sheet') for w in ('base', who))
+        base, best = (pictures(models, w, some, 'sheet') for w in ('base', who))
         for i, r in enumerate(some):
             lines.append([world.load(r['source_image']) if r['source_image'] else None, base[i], best[i],
                           world.load(r['target_image']) if r['target_image'] else None])

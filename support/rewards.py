@@ -14,7 +14,7 @@ A model may go on with @ and a local folder or hub id in place of the usual one,
 aesthetic: CLIP), as in clip@/disk/clip or pickscore@/disk/pickscore@/disk/clip-h. CLIP reads 77 tokens.
 Left out: rewards that need an environment of their own (OCR, GenEval, vision-language judges): serve them.
 
-python -c "import rewards, torch; print(rewards.load('jpeg')(torch.rand(2, 3, 64, 64), [{}, {}]))"
+python -c "from support import rewards; import torch; print(rewards.load('jpeg')(torch.rand(2, 3, 64, 64), [{}, {}]))"
 """
 import base64, difflib, functools, http.client, io, json, math, time, urllib.request
 from pathlib import Path
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configurator import BadInput, need
-from files import load_function as from_file
+from support.files import load_function as from_file
 
 BATCH = 16
-WORLD = Path(__file__).parent / 'data' / 'shapes' / 'world.py'
+WORLD = Path(__file__).parent.parent / 'data' / 'shapes' / 'world.py'
 CLIP_L = 'openai/clip-vit-large-patch14'
 PICKSCORE, CLIP_H = 'yuvalkirstain/PickScore_v1', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
 CONVERT = """The aesthetic reward needs safetensors: aesthetic@/disk/aesthetic.safetensors, or a file

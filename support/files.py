@@ -4,7 +4,7 @@ Files other than adapters: rows of data in, pictures and checkpoints out. No mod
 Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (paths relative to the file), or a
 text file with a prompt a line. A run has log.jsonl, samples/, checkpoints step_*/ with a link `latest`.
 """
-import array, csv, difflib, functools, hashlib, importlib.util, itertools, json, math, os, shutil, sys, time
+import array, csv, difflib, functools, importlib.util, itertools, json, math, os, sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from configurator import BadInput, need
+from support.run import gather
 
 FIELDS = 'prompt', 'task', 'source_image', 'target_image'
 REMAKE = '; make it with: python data/shapes/prepare.py'
@@ -192,62 +193,6 @@ def grid(rows, path, captions=None, heads=None, scale=None):
     out.save(path)
 
 
-def curve(log, path, keys, size=(640, 320)):
-    """A line a key over the steps, on a log scale, as a PNG."""
-    series = {k: [(r['step'], r[k]) for r in log if isinstance(r.get(k), float) and 0 < r[k] < math.inf]
-              for k in keys}
-    series = {k: v for k, v in series.items() if len(v) > 1}
-    if not series:
-        return
-    xs, ys = zip(*itertools.chain(*series.values()))
-    lo, hi, (w, h) = math.log(min(ys)), math.log(max(ys)) + 1e-9, size
-    out = Image.new('RGB', size, (255, 255, 255))
-    pen = ImageDraw.Draw(out)
-    for n, (k, line) in enumerate(series.items()):
-        colour = ['#c03030', '#3050c0', '#30a050', '#a040a0', '#c08020', '#209090', '#606060'][n % 7]
-        pen.line([(50 + (w - 60) * (x - min(xs)) / max(1, max(xs) - min(xs)), h - 20 - (h - 40) *
-                   (math.log(y) - lo) / (hi - lo)) for x, y in line], fill=colour, width=2)
-        pen.text((w - 150, 6 + 13 * n), k, fill=colour)
-    for at, text in (((4, 14), f'{max(ys):.3g}'), ((4, h - 30), f'{min(ys):.3g}'),
-                     ((50, h - 16), f'step {min(xs)}'), ((w - 80, h - 16), f'{max(xs)}')):
-        pen.text(at, text, fill='black')
-    out.save(path)
-
-
-def table(rows, name):
-    """{row: {column: number}} for people."""
-    heads = list(next(iter(rows.values())))
-    print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
-    for k, row in rows.items():
-        print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
-
-
-class Log:
-    """log.jsonl of a run, and wandb if its settings ask. A resume forgets what came after its checkpoint."""
-
-    def __init__(self, out, resumed=None, wandb_log=False, wandb_project='', **settings):
-        self.path, self.history, self.wandb = Path(out) / 'log.jsonl', [], None
-        if resumed is not None and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]  # a kill cuts one
-            self.history = [r for r in whole if r['step'] <= resumed]
-        self.path.write_text(''.join(json.dumps(r) + '\n' for r in self.history))
-        if wandb_log:
-            import wandb
-            name, mark = self.path.parent.name, self.path.with_name('wandb_id')  # another run has another id
-            if resumed is None or not mark.exists():
-                mark.write_text(f'{name}-{time.time_ns():x}')
-            self.wandb = wandb.init(project=wandb_project, name=name, id=mark.read_text(), resume='allow',
-                                    config=settings)
-
-    def add(self, entry):
-        self.history.append(entry)
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(entry) + '\n')
-        if self.wandb:
-            self.wandb.log(entry, step=entry['step'])
-
-
 def is_hub_id(path):
     """Neither something that is here nor something that could only be here."""
     return not Path(path).expanduser().exists() and not path.startswith(('.', '/', '~', 'data/', 'out/'))
@@ -264,72 +209,6 @@ def model_configs(path):
     need(is_hub_id(path) or 'index' in configs, f'{path} is no diffusers folder: it has no model_index.json' +
          REMAKE * ('shapes' in path))
     return configs
-
-
-def sha256(path):
-    """Of a file, or of all the weight files of a folder; '' where there is nothing of that name here."""
-    path, h = Path(path), hashlib.sha256()
-    # of a pipeline, the denoiser
-    path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)
-    for f in [path] if path.is_file() else sorted(path.rglob('*.safetensors')):
-        with open(f, 'rb') as g:
-            while part := g.read(1 << 22):
-                h.update(part)
-    return h.hexdigest() if path.exists() else ''
-
-
-def newest(out):
-    """The newest whole checkpoint of a run folder, or None. It is renamed into place when whole."""
-    found = sorted(p for p in Path(out).glob('step_*') if (p / 'meta.json').exists())
-    return found[-1] if found else None
-
-
-def save_checkpoint(out, step, write, meta, keep):
-    """write(folder) fills it; it is on disk before it has its name, and `latest` is always a whole one."""
-    out, name = Path(out), f'step_{step:06d}'
-    for old in out.glob('.writing*'):                                  # what a killed process left
-        shutil.rmtree(old, ignore_errors=True)
-    if not (out / name).exists():
-        tmp = out / f'.writing_{name}'
-        tmp.mkdir(parents=True)
-        write(tmp)
-        (tmp / 'meta.json').write_text(json.dumps({**meta, 'step': step}, indent=1))
-        for f in [*tmp.rglob('*'), tmp]:
-            fd = os.open(f, os.O_RDONLY)
-            os.fsync(fd), os.close(fd)
-        os.rename(tmp, out / name)
-    link = out / '.writing_latest'
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, out / 'latest')
-    for old in sorted(out.glob('step_*'))[:-keep]:
-        shutil.rmtree(old)
-
-
-def claim(out, resume, meta):
-    """A run folder for a new run, or the checkpoint that is resumed. Refuses to write over another run."""
-    last = newest(out)
-    if not resume:
-        if last:
-            need(last.name == 'step_000000', f'{out} holds another run (at {last.name}); continue it with '
-                 '--init_from=resume, or choose another --out_dir')
-            shutil.rmtree(last)                                # nothing was learned yet: nothing is lost
-        return None
-    need(last, f'{out} has no whole checkpoint to resume from; start the run without init_from=resume')
-    old = json.loads((last / 'meta.json').read_text())
-    for name, t in meta['teachers'].items():
-        before = old['teachers'].get(name, {})
-        what = 'sha256' if t['sha256'] and before.get('sha256') else 'path'    # a hub id has no sum
-        need(before.get(what) == t[what], f'the run in {out} had another teacher "{name}" '
-             f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in another '
-             '--out_dir')
-    then, now = old['settings']['alpha'], meta['settings']['alpha']    # it would scale what was learned
-    need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, or start from it '
-         'as an adapter')
-    for k, v in meta['settings'].items():
-        if k != 'init_from' and old['settings'].get(k) != v:
-            print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
-    return last
 
 
 @functools.cache
@@ -361,3 +240,12 @@ def score_mean(scores):
     """What a scorer said of some pictures, numbers or dicts whose first value counts, as one number."""
     numbers = (next(iter(s.values())) if isinstance(s, dict) else s for s in scores)
     return sum(map(float, numbers)) / max(1, len(scores))
+
+
+def judged(score, images, rows, few, world):
+    """The mean of what a scorer says of pictures; each is asked about by one process, a few at once."""
+    judge = load_function(score) if isinstance(score, str) else score
+    own, said = range(len(rows))[world.rank::world.size], []
+    for some in (list(own[i:i + few]) for i in range(0, len(own), few)):
+        said += judge(images[some], [rows[i] for i in some])
+    return score_mean(gather(world, said))

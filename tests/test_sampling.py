@@ -1,0 +1,208 @@
+"""sample.py."""
+from common import *
+
+BASE = 'data/shapes/base'
+SENTENCES = 'a red circle top left on white|a blue square bottom right on gray'
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def shoot(tmp_path, *words, out='pictures'):
+    """sample.main into a fresh folder: {name: array in [0, 1]}."""
+    folder = tmp_path / out
+    sample.main([*words, f'--out_dir={folder}', '--device=cpu'])
+    return {p.name: np.asarray(Image.open(p)) / 255 for p in sorted(folder.glob('*.png'))}
+
+
+def some_adapter(seed, size=0.2):
+    """Random factors on a few layers of the shapes model, large enough to be seen."""
+    draw, shapes = torch.Generator().manual_seed(seed), merge_lora.model_shapes(BASE)
+    names = [k for k in shapes if k.endswith(('attn.to_q', 'attn.to_v', 'attn.to_out.0'))]
+    return {
+        k: (
+            size * torch.randn(4, shapes[k][1], generator=draw),
+            size * torch.randn(shapes[k][0], 4, generator=draw),
+        )
+        for k in names
+    }
+
+
+def some_run(folder, **settings):
+    """A run folder as the trainers leave it: live weights, their average, and the start, all different."""
+    settings = dict(model=BASE, family='', resolution=24, max_sequence_length=256, distilled_guidance=3.5,
+                    rollout_guidance=1.0, sample_steps=3, eval_data=['data/examples/t2i.txt']) | settings
+
+    def write(to):
+        merge_lora.write_adapter(to, some_adapter(1), 4.0)
+        merge_lora.write_adapter(to / 'ema', some_adapter(2), 4.0)
+    merge_lora.write_adapter(folder / 'start', some_adapter(3), 4.0)
+    R.save_checkpoint(folder, 7, write, dict(settings=settings, teachers={}), 2)
+    return folder
+
+
+def pipeline_pictures(adapter=None, guidance=1.0, steps=4, seed=0, num=2):
+    """The same prompts and noise through the diffusers pipeline."""
+    import diffusers
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(BASE)
+    pipe.set_progress_bar_config(disable=True)
+    if adapter:
+        pipe.load_lora_weights(str(adapter), weight_name='pytorch_lora_weights.safetensors')
+    todo = [(i, p, k) for i, p in enumerate(SENTENCES.split('|')) for k in range(num)]
+    shape = pipe.vae.config.latent_channels, *[24 // 2 ** (len(pipe.vae.config.block_out_channels) - 1)] * 2
+    noise = torch.stack([torch.randn(shape, generator=train_opd.torch_rng(seed, i, k)) for i, _, k in todo])
+    x = pipe(
+        [p for _, p, _ in todo],
+        latents=noise,
+        height=24,
+        width=24,
+        num_inference_steps=steps,
+        output_type='np',
+        guidance_scale=guidance,
+        max_sequence_length=pipe.tokenizer_3.model_max_length,
+    ).images
+    return {f'{i:04d}_{k}.png': a for (i, _, k), a in zip(todo, x)}
+
+
+@pytest.mark.parametrize('guidance, adapted', [(1.0, False), (3.0, False), (1.0, True), (3.0, True)])
+def test_sampler_equals_the_pipeline(tmp_path, guidance, adapted):
+    ckpt = tmp_path / 'adapter' if adapted else ''
+    if adapted:
+        merge_lora.write_adapter(ckpt, some_adapter(1), 4.0)
+    ours = shoot(tmp_path, f'--ckpt={ckpt}', f'--model={BASE}', f'--prompt={SENTENCES}', '--steps=4',
+                 f'--guidance={guidance}')
+    theirs = pipeline_pictures(ckpt, guidance)
+    for k, x in theirs.items():
+        assert np.abs(ours[k] - x).max() < 0.51 / 255, k                # a PNG rounds to 1 / 255
+    assert np.abs(theirs['0000_0.png'] - theirs['0001_0.png']).max() > 0.1
+
+
+def test_run_folder_and_its_parts(tmp_path, capsys):
+    run, one = some_run(tmp_path / 'run'), '--prompt=a red circle top left on white'
+    of = {k: shoot(tmp_path, f'--ckpt={run / k}', one, out=f'p_{k}'.replace('/', '_'))['0000_0.png']
+          for k in ('.', 'step_000007', 'latest/ema', 'start')}
+    assert '24 x 24 pixels, 3 steps, guidance 1.0' in capsys.readouterr().out
+    live = shoot(tmp_path, f'--ckpt={run}', one, '--ema=False', out='live')['0000_0.png']
+    base = shoot(tmp_path, '--ckpt', str(run), one, '--scale=0', out='base')['0000_0.png']
+    bare = shoot(tmp_path, '--ckpt=', f'--model={BASE}', '--steps=3', one, out='bare')['0000_0.png']
+    assert (
+        (of['.'] == of['step_000007']).all() and (of['.'] == of['latest/ema']).all() and (base == bare).all()
+    )
+    for a, b in ((of['.'], live), (of['.'], base), (live, base), (of['start'], live), (of['start'], of['.'])):
+        assert np.abs(a - b).max() > 0.05
+
+
+def test_what_is_given_wins_over_the_run(tmp_path):
+    run = sample.locate(
+        sample.configure(sample.SETTINGS, [f'--ckpt={some_run(tmp_path / "run", resolution=[24, 48])}'])
+    )[1]
+
+    def filled(**given):
+        words = ['--ckpt=x', *(f'--{k}={v}' for k, v in given.items())]
+        c = sample.configure(sample.SETTINGS, words)
+        sample.fill(c, given.get('run', run))
+        return c
+    c = filled()
+    assert (c.model, c.height, c.width, c.steps, c.guidance) == (BASE, 24, 48, 3, 1.0)
+    c = filled(height=48, width=24, steps=9, guidance=2.5, max_sequence_length=8)
+    assert (c.height, c.width, c.steps, c.guidance, c.max_sequence_length) == (48, 24, 9, 2.5, 8)
+    run = dict(model=BASE, resolution=24, guidance=4.5)                 # a teacher's
+    assert filled().guidance == 4.5
+    run = {}
+    c = filled(model=BASE)                                              # size from the model's own configs
+    assert (c.height, c.width, c.steps, c.guidance) == (24, 24, 28, 1.0)
+    c = filled(model='owner/repo', family='FluxPipeline')
+    assert (c.height, c.width) == (1024, 1024)
+
+
+def test_noise_follows_seed_prompt_and_picture(tmp_path):
+    words = ['--ckpt=', f'--model={BASE}', '--prompt=a shape|two shapes', '--steps=2', '--num=3']
+    a = shoot(tmp_path, *words, out='a')
+    b = shoot(tmp_path, *words, '--batch_size=1', out='b')
+    c = shoot(tmp_path, *words[:-1], '--num=1', '--seed=1', out='c')
+    assert set(a) == {f'{i:04d}_{k}.png' for i in range(2) for k in range(3)} | {'grid.png'}
+    assert all(np.abs(a[k] - b[k]).max() <= 1 / 255 for k in a if k != 'grid.png')
+    assert (
+        set(c) == {'0000_0.png', '0001_0.png', 'grid.png'}
+        and np.abs(a['0000_0.png'] - c['0000_0.png']).max() > 0.1
+    )
+    assert np.abs(a['0000_0.png'] - a['0000_1.png']).max() > 0.1
+
+
+def test_sources_and_a_prompts_file(tmp_path, capsys):
+    Image.new('RGB', (48, 48), (200, 30, 30)).save(tmp_path / 'own.png')
+    Image.new('RGB', (24, 24), (30, 30, 200)).save(tmp_path / 'shared.png')
+    (tmp_path / 'rows.csv').write_text(
+        'prompt,task,source_image\nremove the circle,a,own.png\na circle on white,b,\n'
+    )
+    words = ['--ckpt=', f'--model={BASE}', '--steps=2', '--num=1', f'--prompts={tmp_path / "rows.csv"}']
+    mixed = shoot(tmp_path, *words, out='mixed')
+    said = capsys.readouterr().out.split()
+    assert {str(tmp_path / 'mixed' / k) for k in mixed} <= set(said)    # every file is printed
+    both = shoot(tmp_path, *words, f'--source={tmp_path / "shared.png"}', out='both')
+    assert (mixed['0000_0.png'] == both['0000_0.png']).all()            # a row's own source comes first
+    assert (mixed['0001_0.png'] != both['0001_0.png']).any()            # and the second now has one
+    assert np.allclose(mixed['grid.png'][40, 40, :3], np.array([200, 30, 30]) / 255, atol=0.01)
+
+
+def test_the_score_is_that_of_the_pictures_that_are_written(tmp_path, capsys):
+    lines = Path('data/shapes/count_val.csv').read_text().splitlines()[:4]
+    lines += Path('data/shapes/t2i_val.csv').read_text().splitlines()[1:9]
+    (tmp_path / 'rows.csv').write_text('\n'.join(lines))
+    got = shoot(tmp_path, f'--model={BASE}', '--steps=4', '--num=2', f'--prompts={tmp_path / "rows.csv"}',
+                '--score=data/shapes/world.py:score')
+    said = dict(re.findall(r'score of (\w+): ([0-9.]+)', capsys.readouterr().out))
+    rows = rows_of(tmp_path / 'rows.csv')
+    for bucket in ('count', 't2i'):
+        mine = [i for i, r in enumerate(rows) for _ in range(2) if r['task'] == bucket]
+        x = torch.stack([torch.tensor(got[f'{i:04d}_{k}.png'][..., :3]).permute(2, 0, 1)
+                         for i, r in enumerate(rows) for k in range(2) if r['task'] == bucket])
+        right = [s['right'] for s in shapes.score(x, [rows[i] for i in mine])]
+        assert float(said[bucket]) == pytest.approx(sum(right) / len(right), abs=1e-4)
+    assert float(said['t2i']) > float(said['count'])
+
+
+def test_without_a_prompt_the_runs_own_rows(tmp_path):
+    run = some_run(tmp_path / 'run', eval_data=['data/examples/local_edit.csv', 'data/examples/t2i.txt'])
+    got = shoot(tmp_path, f'--ckpt={run}', '--num=1')
+    assert len(got) == 3 + 3 + 1                                        # three of each bucket, and the sheet
+
+
+@pytest.mark.parametrize(
+    'words, says',
+    [
+        (['--ckpt=out/no_such_run'], 'no_such_run'),
+        (['--ckpt=', '--prompt=x'], '--model'),
+        (['--ckpt={adapter}', '--prompt=x'], 'give --model'),
+        (['--ckpt={damaged}', '--prompt=x'], 'damaged'),
+        (['--ckpt={run}', '--prompt=x', '--prompts=y.txt'], 'not both'),
+        (['--ckpt={run}', '--prompt=|'], 'no prompt'),
+        (['--ckpt={run}', '--prompts=no_such.txt'], 'no_such.txt'),
+        (['--ckpt={run}', '--prompt=x', '--source=no_such.png'], 'no_such.png'),
+        (['--ckpt={run}', '--prompt=x', '--height=25'], '25'),
+        (['--ckpt={run}', '--prompt=x', '--width=960'], 'larger'),
+        (['--ckpt={run}', '--prompt=x', '--num=0'], 'num'),
+        (['--ckpt={run}', '--prompt=x', '--steps=-1'], 'steps'),
+        (['--ckpt={run}', '--prompt=x', '--dtype=int8'], 'int8'),
+        (['--ckpt={run}', '--prompt=x', '--model=data/nowhere'], 'data/nowhere'),
+        (
+            [
+                '--model=owner/repo',
+                '--family=FluxPipeline',
+                '--prompt=x',
+                '--source=data/examples/pictures/local_edit_0.png',
+            ],
+            'cannot edit',
+        ),
+    ],
+)
+def test_bad_input_before_weights_are_loaded(tmp_path, monkeypatch, words, says):
+    run, bad = some_run(tmp_path / 'run'), some_run(tmp_path / 'damaged')
+    (bad / 'latest' / 'meta.json').write_text('{"settings"')
+    merge_lora.write_adapter(tmp_path / 'adapter', some_adapter(1), 4.0)
+    monkeypatch.setattr(sample, 'open_field', lambda *a, **k: pytest.fail('weights were loaded'))
+    words = [w.format(run=run, adapter=tmp_path / 'adapter', damaged=bad) for w in words]
+    with pytest.raises(BadInput, match=says):
+        sample.main([*words, f'--out_dir={tmp_path / "out"}'])
