@@ -197,6 +197,7 @@ class Field:
     blocks = ()                         # classes of modules that are compiled one by one
     editors = ()                        # pipelines of it that edit a source picture
     takes_sigmas = True                 # its scheduler: from a list of sigmas, else a number of steps
+    sees_source = False                 # its text encoder looks at an edit's source picture as well
 
     @classmethod
     def unit(cls, configs):
@@ -267,6 +268,10 @@ class Field:
         with torch.autocast(self.device.type, low, enabled=self.dtype != torch.float32):
             return self.forward(z, sigma.float(), cond).float()
 
+    def guide(self, v, v_empty, w):
+        """Classifier-free guidance, from the velocities with and without the words."""
+        return v_empty + w * (v - v_empty)
+
     def stack(self, cond, key):
         return torch.stack([c[key] for c in cond]).to(self.device, self.dtype)
 
@@ -291,13 +296,13 @@ class SD3(Field):
         most = net.get('pos_embed_max_size', math.inf) * cls.unit(configs)
         return most, most / 2 if diptych else most
 
-    def encode(self, prompts, edit=False):
+    def encode(self, prompt, source=''):
         t5 = self.pipe.tokenizer_3
         length = min(self.max_length, t5.model_max_length if t5 else 512)
         e, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
+            [prompt], None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=length)
-        return [dict(text=a, pooled=b) for a, b in zip(e.cpu(), pooled.cpu())]
+        return dict(text=e[0], pooled=pooled[0])
 
     def forward(self, z, sigma, cond):
         x, wide = z, self.net.config.in_channels == 2 * self.net.config.out_channels
@@ -318,12 +323,12 @@ class ZImage(Field):
     editors, blocks = ('ZImageOmniPipeline',), ('ZImageTransformerBlock',)
     targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
 
-    def encode(self, prompts, edit=False):
-        k = dict(num_condition_images=int(edit)) if self.can_edit else {}
-        es, _ = self.pipe.encode_prompt(                       # list(): the pipeline overwrites it
-            list(prompts), device=self.device, do_classifier_free_guidance=False,
+    def encode(self, prompt, source=''):
+        k = dict(num_condition_images=int(bool(source))) if self.can_edit else {}
+        es, _ = self.pipe.encode_prompt(
+            [prompt], device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.max_length, **k)
-        return [dict(text=[p.cpu() for p in e] if self.can_edit else e.cpu()) for e in es]
+        return dict(text=es[0])
 
     def encode_source(self, path, height, width):
         x = load_image(path, height, width)
@@ -353,10 +358,10 @@ class Flux(Field):
     blocks = 'FluxTransformerBlock', 'FluxSingleTransformerBlock'
     targets = SD3.targets + [f'{k}.net.{i}' for k in ('ff', 'ff_context') for i in ('0.proj', '2')]
 
-    def encode(self, prompts, edit=False):
-        e, pooled, _ = self.pipe.encode_prompt(list(prompts), None, device=self.device,
+    def encode(self, prompt, source=''):
+        e, pooled, _ = self.pipe.encode_prompt([prompt], None, device=self.device,
                                                max_sequence_length=self.max_length)
-        return [dict(text=a, pooled=b) for a, b in zip(e.cpu(), pooled.cpu())]
+        return dict(text=e[0], pooled=pooled[0])
 
     def tokens(self, z, first):
         """(B, C, H, W) -> (B, HW/4, 4C) by 2 x 2 patches, and their ids (first, row, column)."""
@@ -432,7 +437,7 @@ class Models(Network):
         finally:
             self.switch('student')             # backward recomputes: it must find the student
         v, v_empty = both.chunk(2)
-        return v_empty + w * (v - v_empty)
+        return field.guide(v, v_empty, w)
 
     @torch.no_grad()
     def target(self, batch, z, sigma):

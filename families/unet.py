@@ -42,15 +42,14 @@ class UNet(Field):
         k, scale = self.schedule(n)
         return eps * float(scale / (1 + k[0]))
 
-    def encode(self, prompts, edit=False):
+    def encode(self, prompt, source=''):
         if 'text_encoder_2' not in self.pipe.components:
-            e = self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0]
-            return [dict(text=a) for a in e.cpu()]
-        e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device,
+            return dict(text=self.pipe.encode_prompt([prompt], self.device, 1, False)[0][0])
+        e, _, pooled, _ = self.pipe.encode_prompt([prompt], device=self.device,
                                                   do_classifier_free_guidance=False)
         zero = self.pipe.config.force_zeros_for_empty_prompt   # SDXL: no words, no numbers
-        return [dict(text=a * (not zero or bool(p)), pooled=b * (not zero or bool(p)))
-                for p, a, b in zip(prompts, e.cpu(), pooled.cpu())]
+        keep = not zero or bool(prompt)
+        return dict(text=e[0] * keep, pooled=pooled[0] * keep)
 
     def timestep(self, sigma):
         """sigma -> t by the table, also between its rows. Not every device has float64."""

@@ -29,9 +29,9 @@ class Prompts:
             self.known = {k: self.known[k] for k in keys if k in self.known}
         self.encode(keys)
 
-    @staticmethod
-    def key(row):
-        return row['prompt'], bool(row['source_image'])
+    def key(self, row):
+        source = row['source_image']
+        return row['prompt'], source if self.field.sees_source else bool(source)
 
     @torch.no_grad()
     def encode(self, keys):
@@ -40,8 +40,9 @@ class Prompts:
         encoders = self.field.encoders().values() if new else ()
         for m in encoders:
             m.to(self.field.device)
-        for prompt, edit in new:
-            self.known[prompt, edit], = self.field.encode([prompt], edit)
+        for prompt, source in new:
+            found = self.field.encode(prompt, source)
+            self.known[prompt, source] = {k: to_device(x, 'cpu') for k, x in found.items()}
         for m in encoders:
             m.to('cpu')
 

@@ -18,8 +18,8 @@ def sources(field, size, folder, n):
 def conditions(field, prompts, given=()):
     """(cond, empty) for guidance."""
     with torch.no_grad():
-        return tuple([{**c, **s} for c, s in zip(field.encode(p, bool(given)), given or [{}] * len(p))]
-                     for p in (prompts, [''] * len(prompts)))
+        return tuple([{**field.encode(p, bool(given)), **s} for p, s in zip(ps, given or [{}] * len(ps))]
+                     for ps in (prompts, [''] * len(prompts)))
 
 
 def noise(field, n, size, seed=0):

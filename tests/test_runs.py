@@ -648,7 +648,7 @@ def test_two_processes_are_one(world, tmp_path):
         assert a.norm() > 0 and (a - b).norm() < 1e-5 * a.norm()
         teachers = [dict(name=f'at{k}', lora=str(o / 'step_000005')) for k, o in enumerate((one, two))]
         models = T.Models(train_opd.open_field(str(SHAPES / 'base')), teachers)
-        cond = models.field.encode(['a red circle on white'] * 8)
+        cond = [models.field.encode('a red circle on white')] * 8
         z = torch.randn(8, *models.field.shape(24, 24))
         with torch.no_grad():
             batch = [SimpleNamespace(cond=x) for x in cond]

@@ -260,7 +260,7 @@ def train_base(c, folder):
         for rows in base_batch(step, c):
             new = [p for p in dict.fromkeys(r[0] for r in rows) if p not in words]
             with torch.no_grad():
-                words.update(zip(new, field.encode(new) if new else []))
+                words.update((p, field.encode(p)) for p in new)
             # pixels are latents here, so that the VAE need not be asked
             cond = [{**words[p], **({} if s is None else {'source': s * 2 - 1})} for p, s, _ in rows]
             x0 = torch.stack([x for _, _, x in rows]) * 2 - 1
