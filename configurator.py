@@ -21,7 +21,7 @@ def collect(module):
     """(defaults, types) of the settings that `module` has so far; an annotation widens what one accepts."""
     notes = getattr(module, '__annotations__', {})
     defaults = {k: v for k, v in vars(module).items()
-                if not (k.startswith('_') or isinstance(v, types.ModuleType) or callable(v))}
+                if not (k != k.lower() or k.startswith('_') or isinstance(v, types.ModuleType) or callable(v))}
     return defaults, {k: notes.get(k, object if v is None else type(v)) for k, v in defaults.items()}
 
 

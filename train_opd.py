@@ -11,14 +11,15 @@ have had there; the student learns it. So specialists, adapters on one frozen ba
     python train_opd.py config/sd35_edit.py --dry_run     checks settings and data, loads nothing
     python train_opd.py config/sd35_edit.py --init_from=resume
 
-To read: flow, model families, plan, rollouts, METHODS, evaluation, and the loop, in main.
+The rooms, in reading order: settings, the flow, fields (model families), who is asked, plan,
+rollouts, METHODS, evaluation, and the loop, in main.
 One convention: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
+Left out on purpose: full fine-tuning, float16, sharded models, samplers other than Euler's steps.
 """
 import copy, math, random, signal, sys
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -28,24 +29,25 @@ from tqdm import tqdm
 import configurator
 from configurator import collect, need
 from support import checks
-from support.files import grid, judged, load_function, load_image
-from support.models import Network, check_whole, open_pipeline, open_student
-from support.run import Folder, gather, launch
+from support.files import load_image
+from support.models import Network
+from support.processes import gather, launch
+from support.run import Folder
 
-sys.modules.setdefault('train_opd', sys.modules[__name__])      # for imports by a family's file
+sys.modules.setdefault('train_opd', sys.modules[__name__])      # for a family's file that imports it
 
 # --------------------------------------------------------------------------------------------------
 # Settings: the demonstration's. Config files and --key=value override them. In brackets: papers'
 # model
 model = 'data/shapes/base'          # diffusers folder or hub id
-family = ''                         # '' reads it from model_index.json; else one of FAMILIES below
+family = ''                         # '' reads it from model_index.json; else of FAMILIES, or file.py:Class
 dtype = 'auto'                      # of the base: auto = bfloat16 on a GPU, float32 on a CPU
+base_storage = ''                   # 'float8' keeps the frozen base in 8 bits, and computes in dtype
 device = ''                         # '' takes a GPU if there is one
-resolution: int | list = 24         # pixels: one number, or [height, width]
+resolution: int | list = 24         # pixels: one number, or [height, width]; a route may have its own
 max_sequence_length = 256           # text tokens, at most what the tokenizer allows
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5)
 cache_gb = 4.0                      # of prompts' embeddings that are kept in memory
-encode_every = 50                   # steps whose prompts are encoded in one visit of the encoders
 # teachers: neither lora nor checkpoint is the frozen base; guidance 1.0 is none
 teachers = [
     dict(name='base'),
@@ -60,6 +62,8 @@ routes = [
     dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
     dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15)]
 routes_per_step: int | str = 'all'  # 1 a step (DanceOPD), 'all' (DiffusionOPD), 'sample': each its
+mixing = 'hard'                     # 'soft', an ablation: all teachers' mean by their `weight` instead
+teacher_offload = False             # teachers with full weights wait on the CPU for their turn
 # data: CSV, JSONL or TXT; a row's bucket is its `task`, else its file's name, without _val
 data: list = [f'data/shapes/{k}.csv' for k in ('t2i', 'count', 'local_edit', 'global_edit')]
 eval_data: list = [path.replace('.csv', '_val.csv') for path in data]
@@ -71,21 +75,21 @@ lora_targets: list | None = None    # None: the starting adapter's layers, else 
 # rollout
 steps = 4                           # Euler steps of the rollout (DanceOPD 16, DiffusionOPD 10)
 eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OPD 0.7)
-sde = 'flow'                        # 'flow', 'dance', 'cps'
+sde = 'flow'                        # one of SDES below
 rollout_guidance = 1.0              # while rolling out; 1.0 is none, in every family
 student_guidance = 1.0              # and in the loss; each teacher has its own
 states = 'student'                  # off-policy ablations: 'data' (noised targets), 'teacher'
 # method
 method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
-query = 'stratified'                # or 'low' Beta(5, 2) (DanceOPD), 'mid', 'high', 'uniform'
+query = 'stratified'                # one of QUERIES below (DanceOPD 'low_noise', Beta(5, 2))
 kl_var = 'true'                     # 'code' leaves out the step's length, as released code does
 drop_last: int | bool = 0           # leave out so many last steps (DiffusionOPD's release: 1)
-reward = 'k1'                       # flowopd: 'k1', 'code' (as released), 'paper' (a no-op)
+reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
 clip_range = 1e-4                   # flowopd: PPO ratio
-adv_clip = 5.0                      # flowopd: advantages
+adv_clip = 1000.0                   # flowopd: advantages (5, for those that a group has normalised)
 anchor = ''                         # 'base' or a teacher: held near it as well (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
@@ -99,7 +103,7 @@ weight_decay = 0.0                  # (DiffusionOPD 1e-4)
 betas: list = [0.9, 0.99]
 grad_clip = 1.0                     # 0: none
 ema_decay = 0.98                    # 0: none (DiffusionOPD 0.9)
-ema_every = 1                       # steps (DiffusionOPD 8)
+ema_every = 1                       # updates (DiffusionOPD 8)
 grad_checkpointing = False
 compile = False                     # torch.compile, block by block
 tf32 = True
@@ -117,6 +121,7 @@ ckpt_keep = 2
 log_every = 10
 wandb_log = False
 wandb_project = 'train_opd'
+tensorboard_log = False
 dry_run = False                     # check all that can be checked without weights, print, stop
 SETTINGS = collect(sys.modules[__name__])
 
@@ -217,14 +222,17 @@ class Field:
         self.configs = {'vae': self.vae.config, self.prefix: self.net.config}
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.can_edit = type(pipe).__name__ in self.editors
-        stay = [m for m in (self.net, self.vae, getattr(pipe, 'siglip', None)) if m]
-        for m in (*stay, *self.encoders().values()):
-            m.requires_grad_(False).eval()
-        for m in stay:
-            m.to(self.device)
+        for m in pipe.components.values():
+            if isinstance(m, torch.nn.Module):                 # VAE and siglip stay on the device;
+                own = m is self.net or m in self.encoders()    # network and encoders take turns
+                m.requires_grad_(False).eval().to('cpu' if own else self.device)
 
     def encoders(self):
-        return {k: m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m}
+        return [m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m]
+
+    def drop_encoders(self):
+        for k in [k for k in self.pipe.components if k.startswith('text_encoder')]:
+            setattr(self.pipe, k, None)
 
     def shape(self, height, width):
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
@@ -352,63 +360,11 @@ class ZImage(Field):
         return -torch.stack(list(out)).squeeze(2)
 
 
-class Flux(Field):
-    """FLUX.1 dev, schnell, and Kontext (editing: the source's tokens follow, with first id 1)."""
-    editors = 'FluxKontextPipeline',
-    blocks = 'FluxTransformerBlock', 'FluxSingleTransformerBlock'
-    targets = SD3.targets + [f'{k}.net.{i}' for k in ('ff', 'ff_context') for i in ('0.proj', '2')]
-
-    def encode(self, prompt, source=''):
-        e, pooled, _ = self.pipe.encode_prompt([prompt], None, device=self.device,
-                                               max_sequence_length=self.max_length)
-        return dict(text=e[0], pooled=pooled[0])
-
-    def tokens(self, z, first):
-        """(B, C, H, W) -> (B, HW/4, 4C) by 2 x 2 patches, and their ids (first, row, column)."""
-        x = torch.nn.functional.pixel_unshuffle(z, 2)          # (B, 4C, H/2, W/2)
-        ids = torch.cartesian_prod(torch.tensor([first]), *map(torch.arange, x.shape[2:]))
-        return x.flatten(2).mT, ids.to(z.device, self.dtype)
-
-    def forward(self, z, sigma, cond):
-        (h, w), (x, ids), text = z.shape[2:], self.tokens(z, 0), self.stack(cond, 'text')
-        n, guidance = x.shape[1], None
-        if 'source' in cond[0]:
-            source, more = self.tokens(self.stack(cond, 'source').to(z.dtype), 1)
-            x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
-        if self.net.config.guidance_embeds:
-            guidance = torch.full_like(sigma, self.distilled_guidance)
-        out, = self.net(hidden_states=x.to(self.dtype), timestep=1000 * sigma / 1000,
-                        guidance=guidance, encoder_hidden_states=text, img_ids=ids,
-                        pooled_projections=self.stack(cond, 'pooled'),
-                        txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)
-        return torch.nn.functional.pixel_shuffle(out[:, :n].mT.unflatten(2, (h // 2, w // 2)), 2)
-
-
-FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage,
-                FluxPipeline=Flux, FluxKontextPipeline=Flux,
-                StableDiffusionPipeline='families/unet.py:UNet',
-                StableDiffusionXLPipeline='families/unet.py:UNet')
-
-
-def find_family(pipeline, family=''):
-    """The class for a pipeline's name; or `family`, that of another name or a file.py:Class."""
-    if family.rpartition(':')[0].endswith('.py'):
-        return load_function(family)
-    name = family or pipeline
-    need(name in FAMILIES, f'{name} is not a family known here; known are: {", ".join(FAMILIES)}, '
-         'and one of your own as --family=file.py:Class')
-    found = FAMILIES[name]
-    return load_function(str(Path(__file__).parent / found)) if isinstance(found, str) else found
-
-
-def open_field(path, dtype='float32', device='cpu', family='', max_sequence_length=256,
-               distilled_guidance=3.5):
-    """A diffusers folder or hub id -> its field, with the weights loaded."""
-    pipe = open_pipeline(path, family if family in FAMILIES else '', dtype, device)
-    kind = find_family(type(pipe).__name__, family)
-    for net in (getattr(pipe, kind.prefix), pipe.vae):
-        check_whole(net, f'model {path}')
-    return kind(pipe, device, max_sequence_length, distilled_guidance)
+FAMILIES = dict(
+    StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage,
+    FluxPipeline='families/flux.py:Flux', FluxKontextPipeline='families/flux.py:Flux',
+    StableDiffusionPipeline='families/unet.py:UNet',
+    StableDiffusionXLPipeline='families/unet.py:UNet')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,6 +373,7 @@ def open_field(path, dtype='float32', device='cpu', family='', max_sequence_leng
 
 class Models(Network):
     """Who can be asked for a velocity: 'base', 'student', and every teacher by its name."""
+    spent = 0                           # forwards so far: with gradient three, with guidance double
 
     def switch(self, name):
         """Fast: PEFT's own calls would rewrite requires_grad. No adapter's name is the bare base."""
@@ -426,40 +383,41 @@ class Models(Network):
                 m._active_adapter = [name]
 
     def velocity(self, who, batch, z, sigma, w=1.0):
-        """v_empty + w (v_cond - v_empty), both in one forward; no unconditional one at w = 1."""
-        field, cond = self.full.get(who, self.field), [s.cond for s in batch]
+        """Of samples at states z of noise sigma. With guidance w the velocities with and without
+        the words come from one forward; w = 1 needs no unconditional one."""
+        cond = [s.cond for s in batch]
+        if w != 1:
+            z, sigma = torch.cat([z, z]), torch.cat([sigma, sigma])
+            cond += [s.empty for s in batch]
+        self.spent += len(z) * (3 if torch.is_grad_enabled() else 1)
         self.switch(who)
         try:
-            if w == 1:
-                return field.velocity(z, sigma, cond)
-            cond = cond + [s.empty for s in batch]
-            both = field.velocity(torch.cat([z, z]), torch.cat([sigma, sigma]), cond)
+            with self.seated(who) as field:
+                v = field.velocity(z, sigma, cond)
         finally:
             self.switch('student')             # backward recomputes: it must find the student
-        v, v_empty = both.chunk(2)
-        return field.guide(v, v_empty, w)
+        return v if w == 1 else field.guide(*v.chunk(2), w)
 
     @torch.no_grad()
     def target(self, batch, z, sigma):
-        """The velocity that each sample's own teacher would have had there."""
-        v = torch.zeros_like(z)
-        for name, teacher in self.teachers.items():
-            own = [j for j, s in enumerate(batch) if s.teacher == name]
+        """The velocity that each sample's own teacher would have had there; if mixed softly, the
+        mean of all teachers."""
+        v, soft = torch.zeros_like(z), self.mixing == 'soft'
+        total = sum(t.get('weight', 1.0) for t in self.teachers.values())
+        for name, t in self.teachers.items():
+            own = [j for j, s in enumerate(batch) if soft or s.teacher == name]
             if own:
-                v[own] = self.velocity(name, [batch[j] for j in own], z[own], sigma[own],
-                                       teacher.get('guidance', 1.0))
+                asked = [batch[j] for j in own]
+                said = self.velocity(name, asked, z[own], sigma[own], t.get('guidance', 1.0))
+                v[own] += said * t.get('weight', 1.0) / total if soft else said
         return v
 
-
-def open_models(c, device, teachers=(), checkpoint=None):
-    """Base, teachers and student: at its start, or as a checkpoint has it."""
-    field = open_field(c.model, c.dtype, device, c.family, c.max_sequence_length,
-                       c.distilled_guidance)
-    checks.check_size(type(field), type(field.pipe).__name__, field.configs, *c.resolution)
-    models = Models(field, teachers, c.cache_gb)
-    models.sigmas = field.sigmas(c.steps, *c.resolution).to(field.device)
-    models.student = open_student(models, c, checkpoint)
-    return models
+    def sigmas(self, batch, n):
+        """A batch's schedule of n steps, on the device."""
+        size = batch[0].size
+        if (n, size) not in self.schedules:
+            self.schedules[n, size] = self.field.sigmas(n, *size).to(self.field.device)
+        return self.schedules[n, size]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,11 +428,13 @@ def open_models(c, device, teachers=(), checkpoint=None):
 class Sample:
     """One picture of a step. A batch is a list of samples that share a forward."""
     row: dict                           # of the data: prompt, source_image, target_image
-    noise: torch.Generator              # for its start
+    size: tuple                         # (height, width) in pixels
+    noise: torch.Generator              # for its first state
     draws: torch.Generator = None       # for what comes later
     step: int = 0
     number: int = 0                     # its place in the step's global batch
     group: int = 0                      # samples of one prompt
+    update: int = 0                     # in which of the step's updates it is learned from
     label: str = ''                     # its bucket
     teacher: str = ''                   # who answers for it
     share: float = 1.0                  # of the loss
@@ -493,73 +453,83 @@ def torch_rng(*key):
     return torch.Generator().manual_seed(rng(*key).getrandbits(62))
 
 
-def plan(step, c, buckets, world, same_noise=False):
-    """The router: this process's samples of a step, as many of each of its updates."""
+def routes_of(step, c):
+    """The router: which route each group of a step belongs to."""
     groups, routes = range(c.batch_size // c.group_size), range(len(c.routes))
     weights = [r.get('weight', 1.0) for r in c.routes]
-    if c.routes_per_step == 'sample':
-        who = [rng(c.seed, step, g, 'route').choices(routes, weights)[0] for g in groups]
-    elif c.routes_per_step == 'all':
+    if c.routes_per_step == 'all':
         counts = [r.get('samples', c.batch_size // len(c.routes)) for r in c.routes]
-        who = [i for i, k in enumerate(counts) for _ in range(k // c.group_size)]
-    else:
-        who = rng(c.seed, step, 'route').choices(routes, weights) * len(groups)
-    samples = []
+        return [i for i, k in enumerate(counts) for _ in range(k // c.group_size)]
+    if c.routes_per_step == 'sample':
+        return [rng(c.seed, step, g, 'route').choices(routes, weights)[0] for g in groups]
+    return rng(c.seed, step, 'route').choices(routes, weights) * len(groups)
+
+
+def plan(step, c, buckets, world, same_noise=False, updates=None):
+    """This process's samples of a step, as many of each of the updates that they are dealt among."""
+    who, every, total = routes_of(step, c), c.routes_per_step == 'all', 0.0
+    total = sum(r.get('weight', 1.0) for r in c.routes)
+    samples, updates = [], updates or c.updates
     for number in range(c.batch_size):
         group = number // c.group_size
-        if group // c.updates % world.size != world.rank:
+        if group // updates % world.size != world.rank:
             continue
-        i = who[group]
-        route, of = c.routes[i], who.count(i) * c.group_size
-        bucket = buckets[route['data']]
-        share = weights[i] / sum(weights) / of if c.routes_per_step == 'all' else 1 / c.batch_size
+        route, earlier = c.routes[who[group]], who[:group].count(who[group])
+        bucket, of = buckets[route['data']], who.count(who[group]) * c.group_size
+        share = route.get('weight', 1.0) / total / of if every else 1 / c.batch_size
         samples.append(Sample(
             row=bucket[rng(c.seed, step, group, 'row').randrange(len(bucket))],
+            size=route['size'],
             noise=torch_rng(c.seed, step, group if same_noise else number, 'noise', same_noise),
             draws=torch_rng(c.seed, step, number, 'draws'),
-            step=step, number=number, group=group, share=share, label=route['data'],
-            teacher=route.get('teacher', ''), of=of,
-            slot=who[:group].count(i) * c.group_size + number % c.group_size))
+            step=step, number=number, group=group, update=(earlier if every else group) % updates,
+            label=route['data'], teacher=route.get('teacher', ''), share=share, of=of,
+            slot=earlier * c.group_size + number % c.group_size))
     return samples
 
 
-def draw_queries(r, s, c):
-    """K distinct step numbers of a sample's rollout, by QUERIES."""
-    taken = []
+def draw_queries(key, s, c):
+    """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
+    r, inside, taken = rng(*key), rng(*key).random(), []
     for k in range(c.queries):
-        u = QUERIES[c.query](r, s.slot + k * s.of, c.queries * s.of)
-        i = min(int(u * c.steps), c.steps - 1)
-        free = [m for m in range(c.steps) if m not in taken]
-        taken.append(min(free, key=lambda m: abs(m - i)))
+        even = (k + (s.slot + inside) / s.of) / c.queries
+        for _ in range(10 ** 6):
+            i = min(int(QUERIES[c.query](r, even) * c.steps), c.steps - 1)
+            if i not in taken:
+                break
+        need(i not in taken, f'query = {c.query!r} has no {c.queries} distinct steps')
+        taken.append(i)
     return sorted(taken)
 
 
-def stratified(r, place, places):
-    """A step's queries spread evenly: `place` is this one's among all of its route."""
-    return (place + r.random()) / places
+def stratified(r, even):
+    return even
 
 
-def uniform(r, place, places):
+def uniform(r, even):
     return r.random()
 
 
 def beta(a, b):
-    return lambda r, place, places: r.betavariate(a, b)
+    return lambda r, even: r.betavariate(a, b)
 
 
-# Where in a rollout a state is learned from: 0 is its first step, all noise, 1 the end of its last
+# Where in a rollout a state is learned from: 0 is its first step, all noise, 1 the end of its last.
+# `even` spreads the queries of a route's samples, and those of one sample, evenly
 QUERIES = dict(stratified=stratified, uniform=uniform,
-               low=beta(5, 2), mid=beta(5, 5), high=beta(2, 5))    # low noise is late in a rollout
+               low_noise=beta(5, 2), mid_noise=beta(5, 5), high_noise=beta(2, 5))
 
 
 def micro_batches(samples, models, c, whole=1):
-    """Batches: samples that can share a forward, with a source picture or without, in multiples of
-    `whole`; their words and sources are on the device."""
-    size = max(1, c.micro_batch // whole) * whole
-    for has_source in (False, True):
-        some = [s for s in samples if bool(s.row['source_image']) == has_source]
-        for batch in (some[i:i + size] for i in range(0, len(some), size)):
-            models.prompts.condition(batch, *c.resolution)
+    """Batches: samples that can share a forward, of one size, with a source picture or without, in
+    multiples of `whole`; their words and sources are on the device."""
+    def kind(s):
+        return s.size, bool(s.row['source_image'])
+    most = max(1, c.micro_batch // whole) * whole
+    for wanted in sorted({kind(s) for s in samples}):
+        alike = [s for s in samples if kind(s) == wanted]
+        for batch in (alike[i:i + most] for i in range(0, len(alike), most)):
+            models.prompts.condition(batch)
             yield batch
 
 
@@ -576,34 +546,31 @@ def advance(batch, z, v, sigma, sigma_next, eta=0.0, sde='flow'):
     return z + std * torch.stack(noise).to(z.device)
 
 
-def first_states(batch, models, c, steps=None):
-    """Where rollouts begin: their states at the first sigma of so many steps."""
-    shape = models.field.shape(*c.resolution)
+def first_states(batch, models, n):
+    """Where rollouts of n steps begin: their states at the first sigma."""
+    shape = models.field.shape(*batch[0].size)
     eps = torch.stack([torch.randn(shape, generator=s.noise) for s in batch])
-    return models.field.first_state(eps.to(models.field.device), steps or c.steps, *c.resolution)
+    return models.field.first_state(eps.to(models.field.device), n, *batch[0].size)
 
 
 @torch.no_grad()
-def denoise(velocity, batch, z, sigmas):
-    """The ODE all the way down, for pictures: clean latents."""
+def denoise(who, batch, models, n, w):
+    """The ODE all the way down, for pictures in [0, 1]."""
+    z, sigmas = first_states(batch, models, n), models.sigmas(batch, n)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        z = advance(batch, z, velocity(batch, z, sigma.expand(len(z))), sigma, sigma_next)
-    return z
-
-
-@torch.no_grad()
-def rollout_velocity(batch, models, c, z, sigma):
-    return models.velocity('student', batch, z, sigma, c.rollout_guidance)
+        v = models.velocity(who, batch, z, sigma.expand(len(z)), w)
+        z = advance(batch, z, v, sigma, sigma_next)
+    return models.field.decode(z)
 
 
 @torch.no_grad()
 def student_states(batch, models, c, velocity=None):
-    """What rollouts come by at their samples' queries: [(sample, step number, state)]. A sample
-    leaves at the last of its queries."""
+    """What rollouts come by at their samples' queries: [(sample, sigma, state)]. A sample leaves
+    at the last of its queries."""
     velocity = velocity or partial(models.velocity, 'student', w=c.rollout_guidance)
-    z, sigmas, found = first_states(batch, models, c), models.sigmas, []
+    z, sigmas, found = first_states(batch, models, c.steps), models.sigmas(batch, c.steps), []
     for i in range(c.steps):
-        found += [(s, i, x) for s, x in zip(batch, z) if i in s.queries]
+        found += [(s, sigmas[i], x) for s, x in zip(batch, z) if i in s.queries]
         stay = [j for j, s in enumerate(batch) if s.queries[-1] > i]
         if not stay:
             break
@@ -621,10 +588,11 @@ def teacher_states(batch, models, c):
 @torch.no_grad()
 def data_states(batch, models, c):
     """Off-policy: the data's own pictures, with noise added."""
-    x0, sigmas = [load_image(s.row['target_image'], *c.resolution) for s in batch], models.sigmas
-    x0 = models.field.encode_image(torch.stack(x0))
+    sigmas = models.sigmas(batch, c.steps)
+    x0 = torch.stack([load_image(s.row['target_image'], *s.size) for s in batch])
+    x0 = models.field.encode_image(x0)
     eps = partial(torch.randn, x0[0].shape)
-    return [(s, i, (1 - sigmas[i]) * x + sigmas[i] * eps(generator=s.draws).to(x.device))
+    return [(s, sigmas[i], (1 - sigmas[i]) * x + sigmas[i] * eps(generator=s.draws).to(x.device))
             for s, x in zip(batch, x0) for i in s.queries]
 
 
@@ -636,41 +604,44 @@ def visits(samples, models, c, states='student'):
     for batch in micro_batches(samples, models, c):
         found = STATES[states](batch, models, c)
         for k in range(0, len(found), c.micro_batch):
-            those, i, z = zip(*found[k:k + c.micro_batch])
-            yield those, torch.stack(z), models.sigmas[list(i)]
+            batch, sigma, z = zip(*found[k:k + c.micro_batch])
+            yield batch, torch.stack(z), torch.stack(sigma)
 
 
 @torch.no_grad()
 def trajectory(batch, models, c):
     """The trained steps of a stochastic rollout, kept for policy gradients: states z (n + 1, B, ..)
     and velocities v (n, B, ..), with the log-probability of what was drawn."""
-    t = SimpleNamespace(batch=batch, z=[first_states(batch, models, c)], v=[])
-    for sigma, sigma_next in zip(models.sigmas, models.sigmas[1:c.steps - c.drop_last + 1]):
+    sigmas = models.sigmas(batch, c.steps)
+    t = SimpleNamespace(batch=batch, sigmas=sigmas, v=[], z=[first_states(batch, models, c.steps)])
+    for sigma, sigma_next in zip(sigmas, sigmas[1:c.steps - c.drop_last + 1]):
         z = t.z[-1]
-        t.v.append(rollout_velocity(batch, models, c, z, sigma.expand(len(z))))
+        sigmas_here = sigma.expand(len(z))
+        t.v.append(models.velocity('student', batch, z, sigmas_here, c.rollout_guidance))
         t.z.append(advance(batch, z, t.v[-1], sigma, sigma_next, c.eta, c.sde))
     t.z, t.v = torch.stack(t.z), torch.stack(t.v)
-    t.logp = torch.stack([policy(t, i, models, c, v)[1] for i, v in enumerate(t.v)])
+    t.logp = torch.stack([log_prob(*action(t, i, c, v)) for i, v in enumerate(t.v)])
     return t
 
 
 def trajectories(samples, models, c):
     """[[trajectory of a micro-batch, ...] of each update]; all are drawn before the first update."""
-    updates = [[s for s in samples if s.group % c.updates == u] for u in range(c.updates)]
+    dealt = [[s for s in samples if s.update == u] for u in range(c.updates)]
     return [[trajectory(batch, models, c) for batch in micro_batches(some, models, c)]
-            for some in updates]
+            for some in dealt]
 
 
-def policy(t, i, models, c, v=None):
-    """The student's velocity at step i of a trajectory (one number, or one a sample), its
-    log-probability of what was drawn there, and the state and sigmas that it is about."""
+def at_step(t, i):
+    """Step i of a trajectory (one number, or one a sample): its states and sigmas."""
     b = torch.arange(len(t.batch))
     i = torch.as_tensor(i).expand(len(b))
-    z, sigma, sigma_next = t.z[i, b], models.sigmas[i], models.sigmas[i + 1]
-    if v is None:
-        v = models.velocity('student', t.batch, z, sigma, c.student_guidance)
-    mean, std = transition(z, v, col(sigma), col(sigma_next), c.eta, c.sde)
-    return v, log_prob(t.z[i + 1, b], mean, std), z, sigma, sigma_next
+    return t.z[i, b], t.sigmas[i], t.sigmas[i + 1], t.z[i + 1, b]
+
+
+def action(t, i, c, v):
+    """What was drawn at step i of a trajectory, and the mean and std of it by the velocity v."""
+    z, sigma, sigma_next, z_next = at_step(t, i)
+    return z_next, *transition(z, v, col(sigma), col(sigma_next), c.eta, c.sde)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -679,7 +650,7 @@ def policy(t, i, models, c, v=None):
 # graph is alive at a time, and updates the student before it asks for the next update.
 
 Term = namedtuple('Term', 'batch loss numbers')    # samples; a loss, and numbers to log, of each
-Method = namedtuple('Method', 'updates settings')  # and the settings that not all methods read
+Method = namedtuple('Method', 'updates settings')  # and those settings that not all methods read
 
 
 def distil(batch, models, c, z, sigma, v, v_target, factor):
@@ -690,18 +661,20 @@ def distil(batch, models, c, z, sigma, v, v_target, factor):
 
 
 def anchored(batch, models, c, z, sigma, v, factor):
-    """Flow-OPD's MAR, for all methods: the same error to the base or to another teacher."""
+    """Flow-OPD's MAR, for all methods: the same error to the base or to another teacher, with the
+    teacher's own guidance if it has one."""
     if not c.anchor:
         return 0.0
+    w = models.teachers.get(c.anchor, {}).get('guidance', c.student_guidance)
     with torch.no_grad():
-        v_anchor = models.velocity(c.anchor, batch, z, sigma, c.student_guidance)
+        v_anchor = models.velocity(c.anchor, batch, z, sigma, w)
     return c.anchor_beta * factor * velocity_error(v, v_anchor)
 
 
 def danceopd(samples, models, c):
     """DanceOPD (2606.27377): the plain velocity error, at K states of the student's own rollout."""
     for s in samples:
-        s.queries = draw_queries(rng(c.seed, s.step, s.number, 'query'), s, c)
+        s.queries = draw_queries((c.seed, s.step, s.number, 'query'), s, c)
 
     def terms():
         for batch, z, sigma in visits(samples, models, c, c.states):
@@ -717,28 +690,28 @@ def diffusionopd(samples, models, c):
     def terms():
         n = c.steps - c.drop_last
         for batch in micro_batches(samples, models, c):
-            z = first_states(batch, models, c)
+            z, sigmas = first_states(batch, models, c.steps), models.sigmas(batch, c.steps)
             for i in range(n):
-                sigma, sigma_next = models.sigmas[i].expand(len(z)), models.sigmas[i + 1]
+                sigma, sigma_next = sigmas[i].expand(len(z)), sigmas[i + 1]
                 v_target = models.target(batch, z, sigma)
                 v = models.velocity('student', batch, z, sigma, c.student_guidance)
                 factor = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var) / n
                 yield distil(batch, models, c, z, sigma, v, v_target, factor)
                 if i < n - 1:
                     if c.rollout_guidance != c.student_guidance:
-                        v = rollout_velocity(batch, models, c, z, sigma)
-                    z = advance(batch, z, v.detach(), models.sigmas[i], sigma_next, c.eta, c.sde)
+                        with torch.no_grad():
+                            v = models.velocity('student', batch, z, sigma, c.rollout_guidance)
+                    z = advance(batch, z, v.detach(), sigmas[i], sigma_next, c.eta, c.sde)
     yield terms()
 
 
-def group_advantage(rewards, group, clip=5.0, std=None, eps=1e-6):
-    """(r - mean) / std within each group of `group` in a row, clipped; or with one std for all of a
-    batch. Groups without spread get zeros."""
+def group_advantage(rewards, group, std=None):
+    """(r - mean) / std within each group of `group` in a row, or with one std for all of a batch.
+    Groups without spread, by float32's measure, get zeros."""
     r = rewards.view(-1, group)
+    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= 1e-6 * r.abs().amax(1, keepdim=True)
     std = r.std(1, keepdim=True) if std is None else std
-    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= eps
-    a = (r - r.mean(1, keepdim=True)) / (std + eps)
-    return a.masked_fill(flat, 0).clamp(-clip, clip).view(-1)
+    return ((r - r.mean(1, keepdim=True)) / std).masked_fill(flat, 0).view(-1)
 
 
 def ppo_loss(logp, logp_old, advantage, clip_range):
@@ -750,48 +723,68 @@ def ppo_loss(logp, logp_old, advantage, clip_range):
     return torch.maximum(-advantage * ratio, -advantage * clipped), numbers
 
 
-def flowopd_reward(estimator, logp_teacher, logp_student, kl):
-    """'k1': log p_T(a|s) - log p_S(a|s) of the drawn action, whose policy gradient is that of -KL;
-    its mean over actions, -KL(s), is taken off as a baseline, because in many dimensions it would
-    drown what the action did. 'paper', 'code': -KL(s) itself, a function of the state alone: as
-    E[A(s) grad log pi] = 0, 'paper' teaches nothing and is here to study; 'code' keeps the KL's own
-    gradient in the loss below."""
-    return logp_teacher - logp_student + kl if estimator == 'k1' else -kl
+# Flow-OPD's rewards of an action, given the step's means by teacher and student, and KL(s)
+def log_ratio(drawn, mean_teacher, mean, std, kl):
+    """log p_T(a|s) - log p_S(a|s) + KL(s), a sum over the latent's numbers; the last is a baseline,
+    its mean over actions. As log-probabilities here are means over these numbers, its policy
+    gradient is the gradient of KL(s) itself, and no group is needed."""
+    return ((mean_teacher - mean) * (drawn - mean) / std ** 2).flatten(1).sum(1)
+
+
+def minus_kl(drawn, mean_teacher, mean, std, kl):
+    """A function of the state alone: as E[A(s) grad log pi] = 0, without its own gradient it
+    teaches nothing."""
+    return -kl
+
+
+# reward: whether a prompt's group normalises it; whether KL(s) keeps its gradient instead
+Reward = namedtuple('Reward', 'of_action group attached')
+REWARDS = dict(
+    k1=Reward(log_ratio, False, False),         # correct, at the KL's own scale
+    k1_group=Reward(log_ratio, True, False),    # as published for rewards: a scale for each step
+    paper=Reward(minus_kl, True, False),        # as written: nothing but noise, here to study
+    code=Reward(minus_kl, False, True))         # as released
 
 
 @torch.no_grad()
 def flowopd_advantages(some, models, c):
-    """Gives the trajectories of an update their teachers' velocities, and advantages in groups."""
-    var, rewards = 'true' if c.reward == 'k1' else c.kl_var, []    # a baseline is the very mean
+    """Gives the trajectories of an update their teachers' velocities, and advantages."""
+    rewards, kind = [], REWARDS[c.reward]
     for t in some:
         t.v_target, reward = torch.zeros_like(t.v), []
         for i, v in enumerate(t.v):
-            sigma, sigma_next = models.sigmas[i].expand(len(v)), models.sigmas[i + 1].expand(len(v))
-            t.v_target[i] = models.target(t.batch, t.z[i], sigma)
-            _, logp, *_ = policy(t, i, models, c, t.v_target[i])
-            kl = kl_weight(sigma, sigma_next, c.eta, c.sde, var) * velocity_error(v, t.v_target[i])
-            reward.append(flowopd_reward(c.reward, logp, t.logp[i], kl))
+            z, sigma, sigma_next, _ = at_step(t, i)
+            t.v_target[i] = models.target(t.batch, z, sigma)
+            drawn, mean, std = action(t, i, c, v)
+            _, mean_teacher, _ = action(t, i, c, t.v_target[i])
+            kl = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var)
+            kl = kl * velocity_error(v, t.v_target[i])
+            reward.append(kind.of_action(drawn, mean_teacher, mean, std, kl))
         rewards.append(torch.stack(reward))
-    advantages = [group_advantage(r, c.group_size, c.adv_clip) for r in torch.cat(rewards, 1)]
-    for t, a in zip(some, torch.stack(advantages).split([len(t.batch) for t in some], 1)):
+    rewards = torch.cat(rewards, 1)                            # (steps, samples of the update)
+    if kind.group:
+        rewards = torch.stack([group_advantage(r, c.group_size) for r in rewards])
+    advantages = rewards.clamp(-c.adv_clip, c.adv_clip)
+    for t, a in zip(some, advantages.split([len(t.batch) for t in some], 1)):
         t.advantage = a
 
 
 def flowopd(samples, models, c):
-    """Flow-OPD (2605.08063): the policy gradient of that KL, on trajectories drawn before. 'code':
-    -KL is the advantage and keeps its gradient, and is not centred within the group."""
+    """Flow-OPD (2605.08063): the policy gradient of that KL, on trajectories drawn before."""
     def terms(some):
         for t in some:
             for i, v_target in enumerate(t.v_target):
-                v, logp, z, sigma, sigma_next = policy(t, i, models, c)
+                z, sigma, sigma_next, _ = at_step(t, i)
+                v = models.velocity('student', t.batch, z, sigma, c.student_guidance)
                 factor = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var)
                 kl, a = factor * velocity_error(v, v_target), t.advantage[i]
-                if c.reward == 'code':
+                if REWARDS[c.reward].attached:
                     a = (-kl).clamp(-c.adv_clip, c.adv_clip)
+                logp = log_prob(*action(t, i, c, v))
                 loss, numbers = ppo_loss(logp, t.logp[i], a, c.clip_range)
                 loss = loss + anchored(t.batch, models, c, z, sigma, v, factor)
-                numbers |= dict(loss=kl.detach(), sigma=sigma,
-                                gap=relative_gap(v.detach(), v_target))
+                numbers |= dict(loss=kl.detach(), gap=relative_gap(v.detach(), v_target),
+                                sigma=sigma, flat=(t.advantage[i] == 0).float())
                 yield Term(t.batch, c.updates / len(t.v) * loss, numbers)
 
     for some in trajectories(samples, models, c):
@@ -802,15 +795,12 @@ def flowopd(samples, models, c):
 METHODS = dict(
     danceopd=Method(danceopd, ('queries', 'query', 'states')),
     diffusionopd=Method(diffusionopd, ('drop_last', 'kl_var')),
-    flowopd=Method(flowopd, ('drop_last', 'kl_var', 'reward', 'updates', 'clip_range', 'adv_clip')))
+    flowopd=Method(flowopd, ('drop_last', 'kl_var', 'reward', 'group_size', 'updates', 'clip_range',
+                             'adv_clip')))
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation, on held-out rows and always the same noise; each process has a share of the rows
-
-def held_out(data, c, most):
-    return {k: rng(c.seed, 'eval', k).sample(b, min(len(b), most)) for k, b in data.held.items()}
-
 
 @torch.no_grad()
 def mean_gap(route, rows, models, c, world):
@@ -818,7 +808,8 @@ def mean_gap(route, rows, models, c, world):
     samples, found = [], []
     for i, row in enumerate(rows):
         g, query = torch_rng(c.seed, 'gap', route['data'], i), i * c.steps // len(rows)
-        samples.append(Sample(row, g, g, teacher=route['teacher'], queries=[query]))
+        size = route['size']
+        samples.append(Sample(row, size, g, g, teacher=route['teacher'], queries=[query]))
     for batch, z, sigma in visits(samples[world.rank::world.size], models, c):
         v = models.velocity('student', batch, z, sigma, c.student_guidance)
         found += relative_gap(v, models.target(batch, z, sigma)).tolist()
@@ -827,61 +818,45 @@ def mean_gap(route, rows, models, c, world):
 
 
 @torch.no_grad()
-def render(who, label, rows, models, c, world):
-    """Pictures of rows, from `sample_steps` Euler steps of the student or of a teacher."""
-    w = models.teachers[who].get('guidance', 1.0) if who in models.teachers else c.rollout_guidance
-    sigmas = models.field.sigmas(c.sample_steps, *c.resolution).to(models.field.device)
-    samples = [Sample(row, torch_rng(c.seed, 'eval', label, i), number=i)
+def render(who, route, rows, models, c, world, own=False):
+    """Pictures of rows, from `sample_steps` Euler steps: with the student's guidance, or a teacher's
+    own."""
+    w = models.teachers[who].get('guidance', 1.0) if own else c.rollout_guidance
+    samples = [Sample(row, route['size'], torch_rng(c.seed, 'eval', route['data'], i), number=i)
                for i, row in enumerate(rows)]
     done = []
     for batch in micro_batches(samples[world.rank::world.size], models, c):
-        z = first_states(batch, models, c, c.sample_steps)
-        pictures = models.field.decode(denoise(partial(models.velocity, who, w=w), batch, z, sigmas))
-        done += [(s.number, x.clone()) for s, x in zip(batch, pictures.cpu())]
+        pictures = denoise(who, batch, models, c.sample_steps, w).cpu()
+        done += [(s.number, x.clone()) for s, x in zip(batch, pictures)]
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
 
 
 def evaluate(step, held, models, c, folder):
     """The gap by route, and the picture: source, teacher, the student at its start, and now."""
-    student, world, lines, names, entry = models.student, folder.world, [], [], dict(step=step)
+    student, world, lines, entry = models.student, folder.world, [], dict(step=step)
     for route in c.routes:
         label, rows = route['data'], held[route['data']][:c.show]
-        sources = [r['source_image'] for r in rows]
-        columns = [[load_image(x, *c.resolution) / 2 + 0.5 if x else None for x in sources],
-                   render(route['teacher'], label, rows, models, c, world)]
-        for weights in (student.start, student.ema):
-            with student.wearing(weights):
-                columns.append(render('student', label, rows, models, c, world))
+        if label not in folder.stills:                         # what does not change: once a run
+            sources = [r['source_image'] for r in rows]
+            sources = [load_image(x, *route['size']) / 2 + 0.5 if x else None for x in sources]
+            teacher = render(route['teacher'], route, rows, models, c, world, own=True)
+            with student.wearing(student.start):
+                start = render('student', route, rows, models, c, world)
+            folder.stills[label] = sources, teacher, start
         with student.wearing(student.ema):
-            entry[f'gap/{label}'] = mean_gap(route, held[label][:c.eval_samples], models, c, world)
-        lines += zip(*columns)
-        names += [f'{label}: {r["prompt"]}' for r in rows]
-    if world.rank == 0:
-        heads = ['source', 'teacher', 'student at start', 'student now']
-        grid(lines, folder.out / 'samples' / f'step_{step:06d}.png', names, heads)
+            now = render('student', route, rows, models, c, world)
+            gap = mean_gap(route, held[label][:c.eval_samples], models, c, world)
+        lines += zip((f'{label}: {r["prompt"]}' for r in rows), *folder.stills[label], now)
+        entry[f'gap/{label}'] = gap
+    folder.draw(step, lines, ['source', 'teacher', 'student at start', 'student now'])
     folder.add(entry)
-
-
-def conclude(held, models, c, folder):
-    """result.json: by route, the gap before and after, and what the score says of everyone."""
-    student, result = models.student, {}
-    for route in c.routes:
-        label, rows = route['data'], held[route['data']][:c.score_samples]
-        gaps = [e[f'gap/{label}'] for e in folder.history if f'gap/{label}' in e]
-        result[label] = dict(gap_before=gaps[0], gap_after=gaps[-1])
-        everyone = dict(base=('base', None), teacher=(route['teacher'], None),
-                        start=('student', student.start), student=('student', student.ema))
-        for name, (who, weights) in everyone.items() if c.score and c.score_samples else ():
-            with student.wearing(weights):
-                pictures = render(who, label, rows, models, c, folder.world)
-            result[label][name] = judged(c.score, pictures, rows, c.micro_batch, folder.world)
-    folder.end(result)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training. All processes hold all models; each has a share of a step's samples.
 
-CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, **checks.CHOICES)
+CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, reward=REWARDS,
+               mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'), **checks.CHOICES)
 
 
 def learning_rate(step, c):
@@ -893,30 +868,28 @@ def learning_rate(step, c):
 
 def main(argv):
     c = checks.own_settings(SETTINGS, argv)
-    data = checks.check(c, SETTINGS[0], METHODS, find_family, CHOICES)
+    data = checks.check(c, SETTINGS[0], FAMILIES, CHOICES)
     world = launch(c.device, c.tf32)
-    for name, text in checks.derived(c, data, METHODS, draw_queries) if world.rank == 0 else ():
-        print(f'{name:22s} {text}')
+    if world.rank == 0:
+        checks.print_plan(c, data, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
     if c.dry_run:
         return print('dry run: settings and data are fine')
 
     folder = Folder(c, world, c.teachers)
-    models = open_models(c, world.device, c.teachers, folder.resumed)
-    student, prefix, stop = models.student, models.field.prefix, []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    if not folder.resumed:
-        folder.save(0, student, prefix)
-    held = held_out(data, c, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
-    evaluate(folder.first, held, models, c, folder)
+    held = data.drawn(c.seed, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
+    models = Models.open(FAMILIES, c, world.device, data, held, c.teachers, folder.resumed)
+    models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
+                          for s in plan(step, c, data.buckets, world))
+    student = models.student
+    folder.begin(models, data)
+    if folder.first % c.eval_every == 0 and not folder.evaluated():
+        evaluate(folder.first, held, models, c, folder)
 
     bar = tqdm(range(folder.first, c.max_steps), initial=folder.first, total=c.max_steps,
                disable=None if world.rank == 0 else True)      # None: where nobody looks
     for step in bar:
-        # plan: who answers for which rows; the words of many steps are encoded in one visit
-        if step == folder.first or step % c.encode_every == 0:
-            ahead = range(step, min(c.max_steps, (step // c.encode_every + 1) * c.encode_every))
-            models.prompts.add(s.row for k in ahead for s in plan(k, c, data.buckets, world))
-        samples = plan(step, c, data.buckets, world)
+        # plan: who answers for which rows
+        samples, models.spent, world.stop.busy = plan(step, c, data.buckets, world), 0, True
 
         # roll out and learn: backward after every term, before the next is made
         for terms in METHODS[c.method].updates(samples, models, c):
@@ -924,21 +897,24 @@ def main(argv):
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
                 folder.note(term.batch, **term.numbers)
-            norm = student.update(learning_rate(step, c), c, world, (step + 1) % c.ema_every == 0)
+            norm = student.update(learning_rate(step, c), c, world)
+            folder.watch(step, norm, student)
+        folder.tally(cost=models.spent)
 
         # log, save, evaluate
         done, final = step + 1, step + 1 == c.max_steps
         bar.set_postfix(folder.glance(samples), refresh=False)
         if done % c.log_every == 0 or final:
             folder.report(done, grad_norm=norm, lr=learning_rate(step, c))
-        ending = any(gather(world, [bool(stop)]))
+        ending = any(gather(world, [world.stop.asked]))
         if done % c.save_every == 0 or final or ending:
-            folder.save(done, student, prefix)
+            folder.save(done, models)
+        world.stop.busy = False
         if ending:
             return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:
             evaluate(done, held, models, c, folder)
-    conclude(held, models, c, folder)
+    folder.conclude(held, models, partial(render, models=models, c=c, world=world))
 
 
 if __name__ == '__main__':

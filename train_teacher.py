@@ -14,9 +14,7 @@ The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='o
 for sample.py. Fields, rollouts, transition, adapters, checkpoints and the loop are train_opd.py's. Left out
 on purpose: value networks, reward models trained along the way, full fine-tuning.
 """
-import itertools, math, signal, sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import math, sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,10 +26,12 @@ import train_opd
 from configurator import collect, need
 from support import checks, rewards
 from support.checks import is_number
-from support.files import grid, judged, load_image
-from support.run import Folder, gather, launch
-from train_opd import (Method, Sample, Term, col, find_family, group_advantage, held_out, kl_weight,
-                       learning_rate, micro_batches, open_models, plan, policy, ppo_loss, render,
+from support.files import judged, load_image
+from support.judges import Judges
+from support.processes import gather, launch
+from support.run import Folder
+from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, group_advantage,
+                       kl_weight, learning_rate, log_prob, micro_batches, plan, ppo_loss, render,
                        rng, torch_rng, trajectories, trajectory, velocity_error)
 
 # --------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ out_dir = 'out/teacher'
 sample_steps = 16
 score = ''                          # file.py:function; looked at in evaluations, never trained on
 eval_samples = 64
-DISTILLATION = '''teachers routes routes_per_step rollout_guidance student_guidance states queries query
-anchor anchor_beta score_samples'''.split()                      # train_opd.py's own
+DISTILLATION = '''teachers routes routes_per_step mixing teacher_offload rollout_guidance student_guidance
+states queries query anchor anchor_beta score_samples'''.split()  # train_opd.py's own
 OWN = collect(sys.modules[__name__])
 SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in DISTILLATION}, **own}
                  for shared, own in zip(train_opd.SETTINGS, OWN))
@@ -95,83 +95,48 @@ def draw_sigma(schedule, r, kind):
 
 
 def check(c):
-    choices = dict(checks.SHARED, method=METHODS, sde=train_opd.SDES,
-                   sigmas=('logit_normal', 'uniform'))
-    checks.check_settings(c, SETTINGS[0], METHODS, choices,
-                          (*checks.ABOVE_0, 'eta', 'timestep_fraction'))
-    rl, G, left = c.method != 'sft', c.group_size, c.steps - c.drop_last
-    need(c.method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at least 2 '
-         '(DanceGRPO: 12)')
-    need(c.method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one start; set '
-         'group_size = 2')
-    need(c.method != 'sdpo' or c.same_noise, 'same_noise = False: SDPO\'s pairs start from one noise')
-    need(c.method != 'sdpo' or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a forward; at '
-         'least 2')
-    need(c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)')
-    for k in 'timestep_fraction prompt_dropout gamma'.split():
-        need(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
-    need(c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size = {G}')
-    need(c.method != 'sdpo' or c.updates <= left, f'updates = {c.updates}: at most one for each of the '
-         f'{left} steps that are trained')
-    need(c.sde != 'cps' or c.drop_last or not rl, "sde = 'cps' ends without noise: set drop_last = 1")
-    need(c.sde != 'cps' or c.kl_var == 'true', "kl_var = 'code' is about 'flow' and 'dance'; with "
-         "sde = 'cps' leave it at 'true'")
-    need(c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or an "
-         "adapter")
-    need(not rl or c.reward, 'reward is empty: give at least one dict(reward=..., weight=...)')
-    for r in c.reward if rl else ():
-        need(isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str),
-             f'reward {r!r}: a dict(reward=name, weight=number)')
+    method, left, G = c.method, c.steps - c.drop_last, c.group_size
+    choices = dict(checks.CHOICES, method=METHODS, sde=train_opd.SDES, sigmas=('logit_normal', 'uniform'))
+    checks.check_settings(c, SETTINGS[0], choices, (*checks.ABOVE_0, 'eta', 'timestep_fraction'),
+                          dealt='gamma' not in METHODS[method].settings)
+    checks.require([(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
+                    for k in ('timestep_fraction', 'prompt_dropout', 'gamma')])
+    checks.require([
+        (method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at '
+         'least 2 (DanceGRPO: 12)'),
+        (method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one '
+         'start; set group_size = 2'),
+        (method != 'sdpo' or c.same_noise, "same_noise = False: SDPO's pairs start from one noise"),
+        (method != 'sdpo' or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a forward; '
+         'at least 2'),
+        (method != 'sdpo' or c.updates <= left, f'updates = {c.updates}: at most one for each of the '
+         f'{left} steps that are trained'),
+        (c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)'),
+        (c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to group_size '
+         f'= {G}'),
+        (c.sde != 'cps' or c.drop_last or method == 'sft', "sde = 'cps' ends without noise: set "
+         'drop_last = 1'),
+        (c.sde != 'cps' or c.kl_var == 'true', "kl_var = 'code' is about 'flow' and 'dance'; with "
+         "sde = 'cps' leave it at 'true'"),
+        (c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume or "
+         'an adapter')])
+    check_rewards(c)
+    c.routes = []                                              # one a bucket of the data
+    return checks.check_data(c, FAMILIES, need_target=method == 'sft')
+
+
+def check_rewards(c):
+    asked = c.reward if c.method != 'sft' else ()
+    need(c.method == 'sft' or asked, 'reward is empty: give at least one dict(reward=..., weight=...)')
+    for r in asked:
+        known = isinstance(r, dict) and set(r) <= {'reward', 'weight'} and isinstance(r.get('reward'), str)
+        need(known, f'reward {r!r}: a dict(reward=name, weight=number)')
         need(is_number(r.get('weight', 1)), f'reward {r["reward"]!r}: weight must be more than 0, '
              f'not {r.get("weight")!r}')
-    names = [r['reward'] for r in c.reward if rl]
+    names = [r['reward'] for r in asked]
     need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
     for name in names + [c.watch_reward] * bool(c.watch_reward):
         rewards.check(name)
-    return checks.check_data(c, find_family, need_target=not rl)
-
-# --------------------------------------------------------------------------------------------------
-# Rewards
-
-class Judges:
-    """The rewards of a run. They are asked in a thread, while the next pictures are made; after a
-    failure nobody is asked any more."""
-
-    def __init__(self, c, folder):
-        device, self.folder, self.failed = folder.world.device, folder, None
-        asked = c.reward if c.method != 'sft' else []
-        self.weights = {r['reward']: r.get('weight', 1.0) for r in asked}
-        self.rewards = {name: rewards.load(name, device) for name in self.weights}
-        self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}
-        set_gpu = partial(torch.cuda.set_device, device) if device.type == 'cuda' else None
-        self.pool = ThreadPoolExecutor(1, initializer=set_gpu)
-        # of sdpo: the returns that are remembered of a prompt, a reward and a step
-        self.memory = {(p, name, i): deque(v, c.buffer) for p, name, i, v in folder.state
-                       if name in self.weights}
-
-    def ask(self, images, rows):
-        """A tensor a reward. `submit` does it later."""
-        try:
-            if self.failed:
-                raise self.failed
-            return [torch.tensor(rewards.checked(name, f, images, rows, self.folder.out))
-                    for name, f in self.rewards.items()]
-        except rewards.RewardError as e:
-            self.failed = e
-            raise
-
-    def submit(self, latents, rows, models):
-        return self.pool.submit(self.ask, models.field.decode(latents), rows)
-
-    def note(self, batch, values):
-        total = sum(w * v for w, v in zip(self.weights.values(), values))
-        each = {f'reward/{k}': v for k, v in zip(self.weights, values)}
-        self.folder.note(batch, reward=total, **each)
-
-    def note_groups(self, samples, alive, group):
-        dead = 1.0 - alive.float()
-        self.folder.note(samples[::group], groups=torch.ones_like(dead), skipped_groups=dead,
-                         skipped_share=dead)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,8 +145,9 @@ class Judges:
 def combined_advantage(values, weights, group, clip=5.0, stds=None):
     """Several rewards: each normalised within its group, then added by weight, so that no scale wins. Also
     which groups are alive: one whose rewards are all equal teaches nothing and is skipped."""
-    parts = [group_advantage(v, group, clip, std) for v, std in zip(values, stds or [None] * len(values))]
-    total = sum(w * a for w, a in zip(weights, parts)).clamp(-clip, clip)
+    each = [group_advantage(v, group, std).clamp(-clip, clip)
+            for v, std in zip(values, stds or [None] * len(values))]
+    total = sum(w * a for w, a in zip(weights, each)).clamp(-clip, clip)
     return total, total.view(-1, group).abs().amax(1) > 0
 
 
@@ -212,13 +178,6 @@ def returns(r, gamma):
     return out
 
 
-def buffered(x, past, batch):
-    """SDPO's advantage of a return: against those remembered of its prompt and step, or, while these are
-    fewer than 16, against the whole batch's of its step."""
-    known = torch.tensor(list(past) if len(past) >= 16 else batch)
-    return (x - known.mean()) / (known.std() + 1e-6)
-
-
 def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
     """(w [(log p1 - log p1_old) - (log p2 - log p2_old)] - (A1 - A2))^2 for pairs in neighbouring places: the
     larger of this and the same with log-probabilities clipped to +-clip_range of the old. One a pair."""
@@ -237,33 +196,42 @@ def sft(samples, models, c):
 
 def flow_matching(samples, models, c):
     """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
-    schedule = models.field.sigmas(1000, *c.resolution)
     for batch in micro_batches(samples, models, c):
+        schedule = models.sigmas(batch, 1000)
         for s in batch:
             if rng(c.seed, s.step, s.number, 'drop').random() < c.prompt_dropout:
                 s.cond = s.empty
         sigma = torch.stack([draw_sigma(schedule, rng(c.seed, s.step, s.number, 'sigma'), c.sigmas)
-                             for s in batch]).to(models.field.device)
-        x0 = torch.stack([load_image(s.row['target_image'], *c.resolution) for s in batch])
-        x0 = models.field.encode_image(x0)
+                             for s in batch])
+        x0 = torch.stack([load_image(s.row['target_image'], *s.size) for s in batch])
+        with torch.no_grad():
+            x0 = models.field.encode_image(x0)
         eps = [torch.randn(x.shape, generator=s.noise) for s, x in zip(batch, x0)]
         eps = torch.stack(eps).to(x0.device)
         z = (1 - col(sigma)) * x0 + col(sigma) * eps
-        v = models.velocity('student', batch, z, sigma)
-        loss = velocity_error(v, eps - x0)
+        loss = velocity_error(models.velocity('student', batch, z, sigma), eps - x0)
         yield Term(batch, loss, dict(loss=loss.detach(), sigma=sigma))
 
 
-def near_base(t, v, z, s, s_next, models, c, looked):
+def near_base(t, v, i, models, c, looked):
     """KL(student step || base step), one number a sample, and the same for the log. With kl_beta = 0
     it is only looked at, once in a step."""
     if looked and not c.kl_beta:
         return 0.0, {}
     looked.append(True)
+    z, sigma, sigma_next, _ = at_step(t, i)
     with torch.no_grad():
-        v_base = models.velocity('base', t.batch, z, s, c.guidance)
-    kl = kl_weight(s, s_next, c.eta, c.sde, c.kl_var) * velocity_error(v, v_base)
+        v_base = models.velocity('base', t.batch, z, sigma, c.guidance)
+    kl = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var) * velocity_error(v, v_base)
     return c.kl_beta * kl if c.kl_beta else 0.0, dict(kl=kl.detach())
+
+
+def policy(t, i, models, c):
+    """The student's velocity at step i of a trajectory (one number, or one a sample), and the
+    log-probability of what was drawn there."""
+    z, sigma, _, _ = at_step(t, i)
+    v = models.velocity('student', t.batch, z, sigma, c.student_guidance)
+    return v, log_prob(*action(t, i, c, v)), sigma
 
 
 @torch.no_grad()
@@ -272,21 +240,21 @@ def last_picture(t, models, c):
     n, z = len(t.z) - 1, t.z[-1]
     if n == c.steps:
         return z
-    s = models.sigmas[n]
-    return z - s * models.velocity('student', t.batch, z, s.expand(len(z)), c.guidance)
+    sigma = t.sigmas[n]
+    return z - sigma * models.velocity('student', t.batch, z, sigma.expand(len(z)), c.guidance)
 
 
 def pick(t, k):
     """Some samples of a trajectory: entries k of its batch, columns k of its tensors (steps, B, ..)."""
-    return SimpleNamespace(**{name: x[:, k] if torch.is_tensor(x) else [x[j] for j in k]
-                              for name, x in vars(t).items()})
+    own = {name: x[:, k] for name, x in vars(t).items() if name not in ('batch', 'sigmas')}
+    return SimpleNamespace(batch=[t.batch[j] for j in k], sigmas=t.sigmas, **own)
 
 
 def grpo(samples, models, c):
-    """Advantage within the group, PPO ratio step by step, on a random part of the steps."""
+    """Advantage within the group, PPO ratio step by step, on a random share of the steps."""
     n, looked, judges = c.steps - c.drop_last, [], models.judges
-    parts = trajectories(samples, models, c)
-    everyone = [t for part in parts for t in part]
+    dealt = trajectories(samples, models, c)
+    everyone = [t for some in dealt for t in some]
     jobs = [judges.submit(last_picture(t, models, c), [s.row for s in t.batch], models)
             for t in everyone]
     values = {id(t): job.result() for t, job in zip(everyone, jobs)}
@@ -297,76 +265,65 @@ def grpo(samples, models, c):
         rows = [r for t in everyone for r in torch.stack(values[id(t)], 1).tolist()]
         stds = list(torch.tensor(gather(judges.folder.world, rows)).std(0))
     trained = rng(c.seed, samples[0].step, 'steps').sample(range(n), max(1, round(n * c.timestep_fraction)))
-    for part in parts:
-        together = [torch.cat(v) for v in zip(*(values[id(t)] for t in part))]
+    for some in dealt:
+        together = [torch.cat(v) for v in zip(*(values[id(t)] for t in some))]
         advantage, alive = combined_advantage(together, judges.weights.values(), c.group_size,
                                               c.adv_clip, stds)
-        judges.note_groups([s for t in part for s in t.batch], alive, c.group_size)
+        judges.note_groups([s for t in some for s in t.batch], alive, c.group_size)
         use = alive.repeat_interleave(c.group_size)
         if c.best_of:
             use &= extremes(advantage, c.group_size, c.best_of)
-        yield grpo_terms(part, advantage, use, sorted(trained), models, c, looked)
+        yield grpo_terms(some, advantage, use, sorted(trained), models, c, looked)
 
 
-def grpo_terms(part, advantage, use, trained, models, c, looked):
+def grpo_terms(some, advantage, use, trained, models, c, looked):
     scale, at = c.updates / len(trained) * (c.group_size / c.best_of if c.best_of else 1), 0
-    for t in part:
+    for t in some:
         here = slice(at, at + len(t.batch))
         at += len(t.batch)
         t.advantage = advantage[None, here].to(models.field.device)
         t = pick(t, use[here].nonzero().flatten().tolist())
         for i in trained if t.batch else ():
-            v, logp, z, s, s_next = policy(t, i, models, c)
+            v, logp, sigma = policy(t, i, models, c)
             loss, numbers = ppo_loss(logp, t.logp[i], t.advantage[0], c.clip_range)
-            kl, seen = near_base(t, v, z, s, s_next, models, c, looked)
-            yield Term(t.batch, scale * (loss + kl), dict(loss=loss.detach(), sigma=s, **numbers, **seen))
+            kl, seen = near_base(t, v, i, models, c, looked)
+            yield Term(t.batch, scale * (loss + kl), dict(loss=loss.detach(), sigma=sigma, **numbers, **seen))
 
 
 def sdpo(samples, models, c):
     """Two trajectories from one noise, rewards along the way, the difference loss on shuffled steps,
     which are dealt among the updates."""
-    judges, step, looked = models.judges, samples[0].step, []
-    names = list(judges.weights)
-    n = c.steps - c.drop_last
-    ts = [dual_states(trajectory(batch, models, c), models, c)
-          for batch in micro_batches(samples, models, c, whole=2)]
+    judges, looked, n = models.judges, [], c.steps - c.drop_last
+    pairs = [dual_states(trajectory(batch, models, c), models, c)
+             for batch in micro_batches(samples, models, c, whole=2)]
     jobs = []
-    for t in ts:
+    for t in pairs:
         latents = torch.cat([t.clean[q, torch.arange(len(t.batch))] for q in t.asked])
         jobs.append(judges.submit(latents, [s.row for s in t.batch] * len(t.asked), models))
     found = []
-    for t, job in zip(ts, jobs):
+    for t, job in zip(pairs, jobs):
         values = [v.view(len(t.asked), -1).to(t.z.device) for v in job.result()]
         judges.note(t.batch, [v[-1] for v in values])
         t.returns = torch.stack([returns(interpolate(t.clean, t.asked, v), c.gamma) for v in values])
         found += [(s.number, s.row['prompt'], t.returns[:, :, j].tolist())
                   for j, s in enumerate(t.batch)]
-    found = sorted(gather(judges.folder.world, found))                # the memory is the same everywhere
-    each = list(itertools.product(range(len(names)), range(n)))
-    for (_, prompt, x), (r, i) in itertools.product(found, each):
-        judges.memory.setdefault((prompt, names[r], i), deque(maxlen=c.buffer)).append(x[r][i])
-    judges.folder.state = [(*k, list(v)) for k, v in judges.memory.items()]
-    together = {(r, i): [x[r][i] for _, _, x in found] for r, i in each}
-    for t in ts:
-        t.advantage = torch.zeros_like(t.returns[0])
-        for (j, s), (r, i) in itertools.product(enumerate(t.batch), each):
-            past = judges.memory[s.row['prompt'], names[r], i]
-            a = buffered(t.returns[r, i, j].item(), past, together[r, i])
-            t.advantage[i, j] += judges.weights[names[r]] * a
-        t.advantage.clamp_(-c.adv_clip, c.adv_clip)
+    advantages = judges.remember(gather(judges.folder.world, found))
+    for t in pairs:
+        t.advantage = torch.tensor([advantages[s.number] for s in t.batch], device=t.z.device).T
+        t.advantage = t.advantage.clamp(-c.adv_clip, c.adv_clip)
         differ = (t.returns[..., 0::2] != t.returns[..., 1::2]).any(0).any(0)
         judges.note_groups(t.batch, differ, 2)
-        t.order = torch.tensor([rng(c.seed, step, s.group, 'order').sample(range(n), n)
+        t.order = torch.tensor([rng(c.seed, s.step, s.group, 'order').sample(range(n), n)
                                 for s in t.batch]).T
     for u in range(c.updates):
-        yield sdpo_terms(ts, u, n, models, c, looked)
+        yield sdpo_terms(pairs, [k for k in range(n) if k * c.updates // n == u], models, c, looked)
 
 
 def dual_states(t, models, c):
     """After each step the noisy latent, and the clean picture predicted from it: t.clean. (The
     prediction from the common first noise is the same for both and cannot tell them apart.) And of
     which steps rewards are asked: first, a drawn one, last."""
-    later = [t.z[i] - models.sigmas[i] * t.v[i] for i in range(1, len(t.v))]
+    later = [t.z[i] - t.sigmas[i] * t.v[i] for i in range(1, len(t.v))]
     t.clean = torch.stack([*later, last_picture(t, models, c)])
     n, zero = len(t.clean), torch.zeros(len(t.batch), dtype=torch.long)
     t.asked = [zero, zero + n - 1] if n > 1 else [zero]
@@ -376,18 +333,19 @@ def dual_states(t, models, c):
     return t
 
 
-def sdpo_terms(ts, u, n, models, c, looked):
-    for t in ts:
-        for i in (i for k, i in enumerate(t.order) if k * c.updates // n == u):
+def sdpo_terms(pairs, places, models, c, looked):
+    """An update's places in the shuffled order of steps."""
+    for t in pairs:
+        for i in t.order[places]:
             b = torch.arange(len(i))
-            v, logp, z, s, s_next = policy(t, i, models, c)
+            v, logp, sigma = policy(t, i, models, c)
             loss = sdpo_loss(logp, t.logp[i, b], t.advantage[i, b], c.gamma ** i.to(v.device),
                              c.clip_range).repeat_interleave(2)
-            kl, seen = near_base(t, v, z, s, s_next, models, c, looked)
+            kl, seen = near_base(t, v, i, models, c, looked)
             off = (logp - t.logp[i, b]).detach().abs()
-            numbers = dict(loss=loss.detach(), sigma=s, ratio_off=off,
+            numbers = dict(loss=loss.detach(), sigma=sigma, ratio_off=off,
                            clipped=(off > c.clip_range).float(), **seen)
-            yield Term(t.batch, c.updates / n * (loss + kl), numbers)
+            yield Term(t.batch, (loss + kl) / len(places), numbers)
 
 
 ROLLOUT = ('steps', 'sde', 'eta', 'group_size', 'same_noise', 'drop_last', 'clip_range', 'adv_clip',
@@ -401,36 +359,39 @@ METHODS = dict(
 # --------------------------------------------------------------------------------------------------
 # Evaluation and training
 
-def evaluate(step, held, models, c, judges, folder):
+def evaluate(step, held, models, c, folder):
     """Fixed noise: rewards, the watched one, the score, by bucket; and the grid that shows hacking."""
-    student, world, lines, names, found = models.student, folder.world, [], [], {}
-    for label, rows in held.items():
-        rows = rows[:c.eval_samples]
+    student, world, judges, lines, found = models.student, folder.world, models.judges, [], {}
+    for route in c.routes:
+        label, rows = route['data'], held[route['data']][:c.eval_samples]
+        shown = rows[:c.show]
+        if label not in folder.stills:                         # what does not change: once a run
+            pictures = [[load_image(r[k], *route['size']) / 2 + 0.5 if r[k] else None for r in shown]
+                        for k in ('source_image', 'target_image')]
+            folder.stills[label] = *pictures, render('base', route, shown, models, c, world)
         with student.wearing(student.ema):
-            now = render('student', label, rows, models, c, world)
+            now = render('student', route, rows, models, c, world)
             if c.method == 'sft' and all(r['target_image'] for r in rows):
-                samples = [Sample(r, torch_rng(c.seed, 'loss', label, i), step='eval', number=i)
-                           for i, r in enumerate(rows)]
-                with torch.no_grad():
-                    terms = flow_matching(samples[world.rank::world.size], models, c)
-                    losses = gather(world, [x for term in terms for x in term.loss.tolist()])
-                found[f'loss/{label}'] = sum(losses) / len(losses)
+                found[f'loss/{label}'] = held_loss(route, rows, models, c, world)
         for name, f in {**judges.rewards, **judges.watched}.items():
             checked = partial(rewards.checked, name, f, folder=folder.out)
             found[f'{name}/{label}'] = judged(checked, now, rows, c.micro_batch, world)
         if c.score:
             found[f'score/{label}'] = judged(c.score, now, rows, c.micro_batch, world)
-        base = render('base', label, rows[:c.show], models, c, world)
-        for i, r in enumerate(rows[:c.show]):
-            pair = [load_image(r[k], *c.resolution) / 2 + 0.5 if r[k] else None
-                    for k in ('source_image', 'target_image')]
-            lines.append([*pair, base[i], now[i]])
-            names.append(f'{label}: {r["prompt"]}')
-    if world.rank == 0:
-        grid(lines, folder.out / 'samples' / f'step_{step:06d}.png', names,
-             ['source', 'target', 'base', 'now'])
+        lines += zip((f'{label}: {r["prompt"]}' for r in shown), *folder.stills[label], now)
+    folder.draw(step, lines, ['source', 'target', 'base', 'now'])
     folder.say(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in found.items()))
     folder.add(dict(step=step, **{f'eval/{k}': v for k, v in found.items()}))
+
+
+@torch.no_grad()
+def held_loss(route, rows, models, c, world):
+    """Imitation's loss on held-out rows."""
+    samples = [Sample(r, route['size'], torch_rng(c.seed, 'loss', route['data'], i), step='eval', number=i)
+               for i, r in enumerate(rows)]
+    terms = flow_matching(samples[world.rank::world.size], models, c)
+    losses = gather(world, [x for term in terms for x in term.loss.tolist()])
+    return sum(losses) / len(losses)
 
 
 def main(argv):
@@ -443,51 +404,49 @@ def main(argv):
             print(f'bucket {k:20s} {len(b)} rows, {len(data.held[k])} to evaluate on')
     if c.dry_run:
         return print('dry run: settings and data are fine')
-    c.routes = [dict(data=k, weight=float(len(b))) for k, b in data.buckets.items()]
     c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance
-    same_noise = c.same_noise and c.method != 'sft'
+    dealt = c.updates if 'gamma' not in METHODS[c.method].settings else 1    # SDPO deals its steps
+    alike = c.same_noise and c.method != 'sft'
 
     folder = Folder(c, world)
-    judges = Judges(c, folder)
-    models = open_models(c, world.device, checkpoint=folder.resumed)
-    models.judges = judges
-    student, prefix, stop = models.student, models.field.prefix, []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    if not folder.resumed:
-        folder.save(0, student, prefix)
-    held = held_out(data, c, max(c.eval_samples, c.show))
-    evaluate(folder.first, held, models, c, judges, folder)
+    held = data.drawn(c.seed, max(c.eval_samples, c.show))
+    models = Models.open(FAMILIES, c, world.device, data, held, checkpoint=folder.resumed)
+    models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
+                          for s in plan(step, c, data.buckets, world, alike, dealt))
+    models.judges, student = Judges(c, folder), models.student
+    folder.begin(models, data)
+    if folder.first % c.eval_every == 0 and not folder.evaluated():
+        evaluate(folder.first, held, models, c, folder)
 
     bar = tqdm(range(folder.first, c.max_steps), initial=folder.first, total=c.max_steps,
                disable=None if world.rank == 0 else True)      # None: where nobody looks
     for step in bar:
-        if step == folder.first or step % c.encode_every == 0:
-            ahead = range(step, min(c.max_steps, (step // c.encode_every + 1) * c.encode_every))
-            models.prompts.add(s.row for k in ahead for s in plan(k, c, data.buckets, world))
-        samples = plan(step, c, data.buckets, world, same_noise)
-
+        world.stop.busy, models.spent = True, 0
+        samples = plan(step, c, data.buckets, world, alike, dealt)
         for terms in METHODS[c.method].updates(samples, models, c):
             for term in terms:
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
                 folder.note(term.batch, **term.numbers)
-            norm = student.update(learning_rate(step, c), c, world, (step + 1) % c.ema_every == 0)
+            norm = student.update(learning_rate(step, c), c, world)
+            folder.watch(step, norm, student)
+        folder.tally(cost=models.spent)
 
         done, final = step + 1, step + 1 == c.max_steps
         bar.set_postfix(folder.glance(samples), refresh=False)
         if done % c.log_every == 0 or final:
             folder.report(done, grad_norm=norm, lr=learning_rate(step, c))
-        ending = any(gather(world, [bool(stop)]))
+        ending = any(gather(world, [world.stop.asked]))
         if done % c.save_every == 0 or final or ending:
-            folder.save(done, student, prefix)
+            folder.save(done, models)
+        world.stop.busy = False
         if ending:
             return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:
-            evaluate(done, held, models, c, judges, folder)
-    found = [e for e in folder.history if any(k.startswith('eval/') for k in e)]
-    if found:                                                  # without targets or a score there is nothing
-        folder.end({k[5:]: dict(before=found[0].get(k, x), after=x) for k, x in found[-1].items()
-                    if k != 'step'}, 'evaluation')
+            evaluate(done, held, models, c, folder)
+    found = [e for e in folder.history if 'lr' not in e]       # without targets or a score, empty
+    folder.end({k[5:]: dict(before=found[0].get(k, x), after=x) for k, x in found[-1].items()
+                if k != 'step'}, ['loss', 'reward'], 'evaluation')
 
 
 if __name__ == '__main__':

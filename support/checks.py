@@ -4,18 +4,20 @@ that a run prints first. A rule is (does it hold, what to say if not); the first
 Nothing here is needed to understand a method, and a method is not named here: its settings are known
 by those that its entry in METHODS declares: one that reads clip_range, say, is a policy gradient.
 """
-import math, os, random
+import math, os
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 import merge_lora
 from configurator import configure, need
 from support.files import REMAKE, is_hub_id, load_function, model_configs, open_buckets
+from support.models import check_size, find_family
 
-SHARED = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
-              dtype=('auto', 'float32', 'bfloat16'))           # float16 has not the range
-CHOICES = dict(SHARED, reward=('k1', 'code', 'paper'), routes_per_step=(1, 'all', 'sample'))
+CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'), base_storage=('', 'float8'),
+               dtype=('auto', 'float32', 'bfloat16'))          # float16 has not the range
 ABOVE_0 = 'lr', 'alpha', 'clip_range', 'adv_clip'
 FROM_0 = 'drop_last', 'warmup', 'score_samples', 'best_of'     # integers; all others are at least 1
 
@@ -40,8 +42,10 @@ def own_settings(settings, argv):
     return c
 
 
-def check_settings(c, defaults, methods, choices, above=ABOVE_0):
-    """What both trainers ask of settings, one by one and together; none is set in vain."""
+def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
+    """What both trainers ask of settings, one by one and together; none is set in vain. `dealt`: a
+    step's groups are dealt among its updates."""
+    methods = choices['method']
     for k, known in choices.items():
         need(getattr(c, k) in known, f'{k}: {getattr(c, k)!r} is not one of {", ".join(map(repr, known))}')
     for k, x in vars(c).items():
@@ -54,9 +58,12 @@ def check_settings(c, defaults, methods, choices, above=ABOVE_0):
         need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '
              f'{c.method!r} does not read it; leave it at {defaults[k]!r}')
     world = int(os.environ.get('WORLD_SIZE', 1))
-    unit = c.group_size * c.updates * world
+    unit = c.group_size * (c.updates if dealt else 1) * world
     require([
         (not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb'),
+        (not c.tensorboard_log or find_spec('tensorboard'), 'tensorboard_log needs a package more: '
+         'pip install tensorboard'),
+        (c.out_dir.strip(), 'out_dir is empty: name a folder for the run'),
         (c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}'),
         (len(c.betas) == 2 and all(type(x) in (int, float) and 0 <= x < 1 for x in c.betas),
          f'betas: two numbers from 0 to below 1, not {c.betas}'),
@@ -73,14 +80,14 @@ def check_settings(c, defaults, methods, choices, above=ABOVE_0):
         merge_lora.read_adapter(c.init_from)                   # there, whole and readable
 
 
-def check_method(c, reads):
+def check_method(c, reads, rewards):
     """What a method that reads these settings asks of them."""
     policy, kl = 'clip_range' in reads, 'kl_var' in reads
     require([
         (c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} '
          'steps'),
-        (not policy or c.group_size > 1, "group_size = 1: a prompt's samples are compared; at least 2 "
-         '(Flow-OPD: 16)'),
+        (not policy or not rewards[c.reward].group or c.group_size > 1, f'group_size = 1: reward = '
+         f'{c.reward!r} compares the samples of one prompt; at least 2 (Flow-OPD: 16)'),
         (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has 0.7'),
         (not policy or c.rollout_guidance == c.student_guidance, 'a policy gradient improves the policy '
          'that drew the samples: rollout_guidance and student_guidance must be equal'),
@@ -96,7 +103,7 @@ def check_teachers(c):
     names = [t.get('name') for t in c.teachers if isinstance(t, dict)]
     taken = {None, 'student', 'default', 'half', 'float', 'double', 'type', 'to', 'train', 'eval'}
     for t in c.teachers:
-        check_entry(t, 'teacher', 'name', 'name lora checkpoint guidance')
+        check_entry(t, 'teacher', 'name', 'name lora checkpoint guidance weight')
         name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
         require([
             (str(name).isidentifier() and name not in taken, f'teacher name {name!r}: a word of '
@@ -127,7 +134,7 @@ def check_entry(x, what, key, known):
 def check_routes(c, names):
     need(c.routes, 'routes is empty: give at least one dict(teacher=..., data=...)')
     for r in c.routes:
-        check_entry(r, 'route', 'data', 'teacher data weight samples')
+        check_entry(r, 'route', 'data', 'teacher data weight samples resolution')
         require([
             (r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: '
              f'{", ".join(names)}'),
@@ -140,82 +147,107 @@ def check_routes(c, names):
         parts = [r.get('samples', c.batch_size // len(labels)) for r in c.routes]
         need(sum(parts) == c.batch_size, f"batch_size is {c.batch_size}, but the routes' samples sum to "
              f'{sum(parts)}: set it so')
-        need(all(p > 0 and p % G == 0 for p in parts), f'samples {parts} must be multiples of '
-             f'group_size {G}')
+        each = G * c.updates
+        need(all(p > 0 and p % each == 0 for p in parts), f'samples {parts} must be multiples of group_size x '
+             f'updates = {each}, so that every update has its share of every route; the nearest: '
+             f'{[max(1, round(p / each)) * each for p in parts]}')
     loras = {t['name'] for t in c.teachers if t.get('lora')} & {r['teacher'] for r in c.routes}
     need(c.init_from != 'merge' or loras, "init_from = 'merge' needs a route to a LoRA teacher")
     return labels
 
 
-def check_data(c, find_family, labels=(), need_target=False):
-    """Training and held-out buckets, every picture looked at; can the model take this size?"""
-    if isinstance(c.resolution, int):
-        c.resolution = [c.resolution, c.resolution]
-    need([type(x) for x in c.resolution] == [int, int], 'resolution: a number, or [height, width]')
-    buckets, held = open_buckets(c.data, c.eval_data, labels, need_target)
-    found = peek(c.model, find_family, c.family)
-    check_size(*found, *c.resolution, any(b.sources for b in buckets.values()))
-    return SimpleNamespace(buckets=buckets, held=held, pipeline=found[1])
+def pixels(x):
+    """A resolution as (height, width)."""
+    size = (x, x) if type(x) is int else tuple(x) if isinstance(x, (list, tuple)) else ()
+    need([type(n) for n in size] == [int, int], f'resolution: a number, or [height, width], not {x!r}')
+    return size
 
 
-def peek(path, find_family, family=''):
+def check_data(c, families, labels=(), need_target=False):
+    """Training and held-out buckets, every picture looked at; can the model take these sizes?"""
+    c.resolution = list(pixels(c.resolution))
+    data = open_buckets(c.data, c.eval_data, labels, need_target)
+    c.routes = [dict(r, size=pixels(r.get('resolution', c.resolution))) for r in c.routes or
+                [dict(data=k, weight=float(len(b))) for k, b in data.buckets.items()]]
+    family, data.pipeline, configs = peek(c.model, families, c.family)
+    for r in c.routes:
+        check_size(family, data.pipeline, configs, *r['size'], data.buckets[r['data']].sources > 0)
+    return data
+
+
+def peek(path, families, family=''):
     """What is known without weights: (family's class, pipeline's name, {component: config}); of a
     hub id no more than what is given, None and ''."""
     configs = model_configs(path)
     pipeline = configs.get('index', {}).get('_class_name', '')
-    known = find_family(pipeline, family) if family or pipeline else None
-    return known, pipeline if not family or family.endswith('.py') or ':' in family else family, configs
+    known = find_family(families, pipeline, family) if family or pipeline else None
+    return known, pipeline if not family or ':' in family else family, configs
 
 
-def check_size(family, pipeline, configs, height, width, editing=False):
-    """Can the family take this size, and edit?"""
-    unit = family.unit(configs) if family else 16
-    most = family.largest(configs, editing) if family else (math.inf, math.inf)
-    name = pipeline or 'this model'
-    require([(x >= unit and x % unit == 0, f'resolution: {name} takes a {what} in multiples of {unit} '
-              f'pixels, not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
-             for what, x in (('height', height), ('width', width))] + [
-        (not editing or not pipeline or pipeline in family.editors, f'{pipeline} cannot edit a source '
-         'image. Take source_image out of the data, or take a model that can'),
-        (height <= most[0] and width <= most[1], f'resolution: {height} x {width} is larger than '
-         f'{name}\'s table of positions, {most[0]} x {most[1]} pixels{" with a source" * editing}')])
-
-
-def check(c, defaults, methods, find_family, choices):
+def check(c, defaults, families, choices):
     """train_opd.py's."""
-    check_settings(c, defaults, methods, choices)
-    check_method(c, methods[c.method].settings)
+    check_settings(c, defaults, choices)
+    check_method(c, choices['method'][c.method].settings, choices['reward'])
     labels = check_routes(c, check_teachers(c))
-    return check_data(c, find_family, labels, c.states == 'data')
+    data = check_data(c, families, labels, c.states == 'data')
+    edits = {b.sources > 0 for b in data.buckets.values()}
+    need(c.mixing == 'hard' or len(edits) == 1, "mixing = 'soft' needs routes that all edit, or none")
+    return data
 
 
-def derived(c, data, methods, draw_queries):
-    """The table before step 0: what follows from the settings. Forwards count guidance twice."""
-    def two(w):
-        return 1 if w == 1 else 2
-    world, size = int(os.environ.get('WORLD_SIZE', 1)), c.batch_size
-    parts = [r.get('samples', r.get('weight', 1.0)) for r in c.routes]
-    cost = {t['name']: two(t.get('guidance', 1.0)) for t in c.teachers}
-    teacher = sum(cost[r['teacher']] * p for r, p in zip(c.routes, parts)) / sum(parts)
-    roll, learn = two(c.rollout_guidance), two(c.student_guidance)
-    held, n = learn if c.anchor else 0, c.steps - c.drop_last
-    if 'queries' in methods[c.method].settings:
-        places = [SimpleNamespace(slot=i, of=256) for i in range(256)]
-        last = [draw_queries(random.Random(i), s, c)[-1] for i, s in enumerate(places)]
-        asked = dict(student=roll, teacher=teacher).get(c.states, 0)
-        forwards = asked * sum(last) / len(last) + c.queries * (teacher + learn + held)
-    else:
-        policy = 'clip_range' in methods[c.method].settings    # it rolls out before it learns
-        alike = not policy and c.rollout_guidance == c.student_guidance
-        forwards = n * (teacher + learn + held + (0 if alike else roll))
-    h, w = c.resolution
-    rows = [('model', f'{c.model} ({data.pipeline or "family unknown until fetched"}), {h} x {w} pixels'),
+# -------------------- the table before step 0
+class Blank:
+    """A family that answers zeros: a method is rehearsed on it, and its forwards counted."""
+    device = torch.device('cpu')
+
+    def shape(self, height, width):
+        return 1, 2, 2
+
+    def sigmas(self, n, height, width):
+        return torch.linspace(1, 0, n + 1)
+
+    def first_state(self, eps, n, height, width):
+        return eps
+
+    def encode_image(self, x):
+        return x.new_zeros(len(x), 1, 2, 2)
+
+    def velocity(self, z, sigma, cond):
+        return torch.zeros_like(z)
+
+    def guide(self, v, v_empty, w):
+        return v
+
+
+def rehearsed(c, plan, method, Models, steps=3):
+    """Forwards of a step, the mean of the first ones as they are planned: with gradient they count
+    three, with guidance double."""
+    models = Models.__new__(Models)
+    vars(models).update(
+        field=Blank(), full={}, adapters=(), layers=(), schedules={}, mixing=c.mixing, offload=False,
+        teachers={t['name']: t for t in c.teachers},
+        prompts=SimpleNamespace(condition=lambda batch: [setattr(s, 'cond', ()) for s in batch]))
+    for step in range(steps):
+        samples = plan(step, world=SimpleNamespace(rank=0, size=1))
+        for terms in method.updates(samples, models, c):
+            for _ in terms:
+                pass
+    return models.spent / steps
+
+
+def print_plan(c, data, plan, methods, Models):
+    """What follows from the settings."""
+    size, world = c.batch_size, int(os.environ.get('WORLD_SIZE', 1))
+    forwards = rehearsed(c, plan, methods[c.method], Models)
+    rows = [('model', f'{c.model} ({data.pipeline or "family unknown until fetched"})'),
             ('method', f'{c.method}, {c.steps} steps, {f"SDE {c.sde} {c.eta}" if c.eta else "ODE"}, '
              f'from {c.init_from}'),
             ('samples a step', f'{size} in groups of {c.group_size}; {size // world} on each of {world} '
              f'process(es), {c.micro_batch} a forward'),
-            ('forwards a step', f'{forwards * size:.0f}, {forwards:.1f} a sample, teachers included'),
+            ('forwards a step', f'{forwards:.0f}, {forwards / size:.1f} a sample, teachers included; with '
+             'gradient they count three, with guidance double'),
             ('updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts')]
     rows += [(f'route {r["data"]}', f'teacher {r["teacher"]}, {len(data.buckets[r["data"]])} rows, '
-              f'weight {r.get("weight", 1)}') for r in c.routes]
-    return rows
+              f'weight {r.get("weight", 1)}, {"%d x %d" % r["size"]} pixels') for r in c.routes]
+    for name, text in rows:
+        print(f'{name:22s} {text}')

@@ -4,7 +4,7 @@ Files other than adapters: rows of data in, pictures and checkpoints out. No mod
 Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image` (paths relative to the file), or a
 text file with a prompt a line. A run has log.jsonl, samples/, checkpoints step_*/ with a link `latest`.
 """
-import array, csv, difflib, functools, importlib.util, itertools, json, math, os, sys
+import array, csv, difflib, functools, importlib.util, itertools, json, math, os, random, sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from configurator import BadInput, need
-from support.run import gather
+from support.processes import gather
 
 FIELDS = 'prompt', 'task', 'source_image', 'target_image'
 REMAKE = '; make it with: python data/shapes/prepare.py'
@@ -135,6 +135,18 @@ def check_rows(bucket, need_target=False):
     return errors
 
 
+class Data:
+    """Of a run, by the names of buckets: those to learn from, and those held out."""
+
+    def __init__(self, buckets, held):
+        self.buckets, self.held = buckets, held
+
+    def drawn(self, seed, most):
+        """Rows to evaluate on: always the same."""
+        return {k: random.Random(repr((seed, 'eval', k))).sample(b, min(len(b), most))
+                for k, b in self.held.items()}
+
+
 def open_buckets(paths, held_paths, labels=(), need_target=False):
     """Training and held-out buckets {label: Bucket}; all that is wrong with them at once. A bucket without
     held-out rows is its own."""
@@ -146,7 +158,7 @@ def open_buckets(paths, held_paths, labels=(), need_target=False):
         errors += check_rows(buckets[k], need_target) + (check_rows(held[k]) if k in held else [])
     need(not errors, 'the data has mistakes:\n  ' + '\n  '.join(errors[:20]) +
          (f'\n  and {len(errors) - 20} more' if len(errors) > 20 else ''))
-    return {k: buckets[k] for k in labels}, {k: held.get(k) or buckets[k] for k in labels}
+    return Data({k: buckets[k] for k in labels}, {k: held.get(k) or buckets[k] for k in labels})
 
 
 def load_image(path, height, width):
@@ -249,3 +261,18 @@ def judged(score, images, rows, few, world):
     for some in (list(own[i:i + few]) for i in range(0, len(own), few)):
         said += judge(images[some], [rows[i] for i in some])
     return score_mean(gather(world, said))
+
+
+def draw_pairs(buckets, folder):
+    """data_<bucket>.png: a few edit pairs, to be looked at before the first step."""
+    for name, bucket in buckets.items():
+        if bucket.sources:
+            rows = [*itertools.islice(bucket, 8)]
+            size = Image.open(rows[0]['source_image']).size[::-1]
+            pairs = [[load_image(r[k], *size) / 2 + 0.5 if r[k] else None
+                      for k in ('source_image', 'target_image')] for r in rows]
+            grid(pairs, folder / f'data_{name}.png', [r['prompt'] for r in rows], ['source', 'target'])
+
+
+def curve(history, path, keys):
+    pass

@@ -2,74 +2,170 @@
 One frozen base with adapters on it by name: the teachers, and the student that learns; full models
 as teachers; prompts' embeddings. How these are loaded and kept: who is asked when, train_opd.py says.
 """
-import copy, math, os, warnings
+import copy, itertools, math, os, warnings
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
+from support.files import load_function
 
 
+# -------------------- families
+def find_family(families, pipeline, family=''):
+    """The class for a pipeline's name; or `family`, that of another name or a file.py:Class."""
+    if family.rpartition(':')[0].endswith('.py'):
+        return load_function(family)
+    name = family or pipeline
+    need(name in families, f'{name} is not a family known here; known are: {", ".join(families)}, and one of '
+         'your own as --family=file.py:Class')
+    found = families[name]
+    return load_function(str(Path(__file__).parent.parent / found)) if isinstance(found, str) else found
+
+
+def check_size(family, pipeline, configs, height, width, editing=False):
+    """Can the family take this size, and edit?"""
+    unit = family.unit(configs) if family else 16
+    most = family.largest(configs, editing) if family else (math.inf, math.inf)
+    name = pipeline or 'this model'
+    for what, x in (('height', height), ('width', width)):
+        need(x >= unit and x % unit == 0, f'resolution: {name} takes a {what} in multiples of {unit} pixels, '
+             f'not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
+    need(not editing or not pipeline or pipeline in family.editors, f'{pipeline} cannot edit a source image. '
+         'Take source_image out of the data, or take a model that can')
+    need(height <= most[0] and width <= most[1], f'resolution: {height} x {width} is larger than {name}\'s '
+         f'table of positions, {most[0]} x {most[1]} pixels{" with a source" * editing}')
+
+
+def open_field(families, c, device='cpu'):
+    """A diffusers folder or hub id -> its field, with the weights loaded."""
+    pipe = open_pipeline(c.model, c.family if c.family in families else '', c.dtype, device)
+    kind = find_family(families, type(pipe).__name__, c.family)
+    net = getattr(pipe, kind.prefix)
+    for part in (net, pipe.vae):
+        check_whole(part, f'model {c.model}')
+    if getattr(c, 'base_storage', ''):
+        store_small(net)
+    return kind(pipe, device, c.max_sequence_length, c.distilled_guidance)
+
+
+def open_pipeline(path, pipeline, dtype='float32', device='cpu'):
+    """A diffusers folder or hub id -> its pipeline, by a name that is not '' if it is not its own."""
+    import diffusers, transformers
+    for x in (diffusers.utils.logging, transformers.utils.logging):
+        x.set_verbosity_error()
+        x.disable_progress_bar()
+    index = diffusers.DiffusionPipeline.load_config(path)
+    pipeline = pipeline or index['_class_name']
+    unused = [k for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index]
+    low = 'bfloat16' if torch.device(device).type == 'cuda' else 'float32'
+    dtype = getattr(torch, low if dtype == 'auto' else dtype)
+    # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
+    kinds = dtype if 'Omni' in pipeline else {'default': dtype, 'vae': torch.float32}
+    try:
+        return getattr(diffusers, pipeline).from_pretrained(path, dtype=kinds, **dict.fromkeys(unused))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
+        raise BadInput(f'model {path} does not load as a {pipeline}: {str(e).strip()[:400] or type(e).__name__}. '
+                       'Fetch it again with `hf download`; a gated one needs its licence accepted and '
+                       '`hf auth login`') from e
+
+
+def check_whole(net, what):
+    """diffusers leaves what a file lacks without memory; and a broken file may hold no numbers."""
+    lost = [k for k, p in net.named_parameters() if p.is_meta]
+    need(not lost, f'{what}: its weights lack {len(lost)} tensors, as {lost[:1]}; fetch it again')
+    bad = [k for k, p in net.named_parameters() if not p.isfinite().all()]
+    need(not bad, f'{what}: {len(bad)} of its tensors are not finite, as {bad[:1]}; fetch it again')
+
+
+def store_small(net):
+    """The frozen weights in 8 bits; each layer computes in the dtype that it was loaded in."""
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=net.dtype)
+
+
+# -------------------- prompts
 class Prompts:
-    """Text embeddings by (prompt, is it an edit), on the CPU. The text encoders visit the device for
-    what is missing, and leave it."""
+    """Text embeddings, on the CPU, by what a text encoder sees of a row. The encoders visit the device
+    for what is missing, while the network is away, and for what is expected next, if there is room."""
 
-    def __init__(self, field, cache_gb=4.0):
-        self.field, self.known, self.most = field, {}, cache_gb * 1e9
-
-    def add(self, rows):
-        """Encodes what is missing; if the memory is full, what is not asked for goes first."""
-        keys = {self.key(r): None for r in rows}
-        tensors = (x for e in self.known.values() for v in e.values()
-                   for x in (v if isinstance(v, list) else [v]))
-        if sum(x.nbytes for x in tensors) > self.most:
-            self.known = {k: self.known[k] for k in keys if k in self.known}
-        self.encode(keys)
+    def __init__(self, network, gb):
+        self.network, self.field, self.most = network, network.field, gb * 1e9
+        self.known, self.bytes, self.coming = {}, 0, iter(())
 
     def key(self, row):
         source = row['source_image']
         return row['prompt'], source if self.field.sees_source else bool(source)
 
-    @torch.no_grad()
-    def encode(self, keys):
-        """One prompt at a time: its embedding depends on nothing else, so that a resume is exact."""
-        new = [k for k in dict.fromkeys(keys) if k not in self.known]
-        encoders = self.field.encoders().values() if new else ()
-        for m in encoders:
-            m.to(self.field.device)
-        for prompt, source in new:
-            found = self.field.encode(prompt, source)
-            self.known[prompt, source] = {k: to_device(x, 'cpu') for k, x in found.items()}
-        for m in encoders:
-            m.to('cpu')
+    def begin(self, rows, buckets):
+        """The rows that a run evaluates on; and all of its data, if that has room: then the encoders are
+        not needed any more."""
+        rows = [r for r in rows] or [b[0] for b in buckets.values()]
+        self.add(k for r in rows for k in (self.key(r), ('', self.key(r)[1])))
+        most, keys = self.most / (self.bytes / len(self.known)), dict.fromkeys(self.known)
+        for row in itertools.chain(*buckets.values()):
+            keys |= {self.key(row): None, ('', self.key(row)[1]): None}
+            if len(keys) > most:
+                return
+        self.add(keys)
+        if self.bytes <= self.most:
+            self.field.drop_encoders()
+
+    def expect(self, rows):
+        """Rows to come, in their order: a generator may go on for ever."""
+        self.coming = (self.key(r) for r in rows)
+
+    def add(self, keys, ahead=4096):
+        """Encodes what is missing, one prompt at a time: its embedding depends on nothing else, so that a
+        resume is exact. Of what has been known for longest, half goes if there is no room."""
+        keys = dict.fromkeys(keys)
+        missing = [k for k in keys if k not in self.known]
+        if not missing:
+            return
+        for k in [k for k in self.known if k not in keys] if self.bytes > self.most / 2 else ():
+            if self.bytes > self.most / 2:
+                self.bytes -= weight(self.known.pop(k))
+        with self.network.away():
+            more = itertools.islice(self.coming, ahead)
+            bar = tqdm(itertools.chain(missing, more), desc='encoding prompts', delay=3, leave=False, disable=None)
+            for n, key in enumerate(bar):
+                if key not in self.known:
+                    found = self.field.encode(*key)
+                    self.known[key] = {k: to_device(x, 'cpu') for k, x in found.items()}
+                    self.bytes += weight(self.known[key])
+                if n + 1 >= len(missing) and self.bytes > self.most:
+                    break
 
     @torch.no_grad()
-    def condition(self, batch, height, width):
+    def condition(self, batch):
         """Gives samples what a field takes, `cond`, and the same without the words, `empty`, for
         guidance. It is on the device, brought there once for all the forwards to come."""
         keys = [(self.key(s.row), ('', self.key(s.row)[1])) for s in batch]
-        self.encode(k for pair in keys for k in pair)
+        distinct = dict.fromkeys(k for pair in keys for k in pair)
+        self.add(distinct)
+        self.known |= {k: self.known.pop(k) for k in distinct}         # lately used
         here = {k: {name: to_device(x, self.field.device) for name, x in self.known[k].items()}
-                for k in {k for pair in keys for k in pair}}
+                for k in distinct}
         for s, (key, nothing) in zip(batch, keys):
             path = s.row['source_image']
-            source = self.field.encode_source(path, height, width) if path else {}
+            source = self.field.encode_source(path, *s.size) if path else {}
             s.cond, s.empty = {**here[key], **source}, {**here[nothing], **source}
 
 
+def weight(found):
+    """Bytes of an embedding."""
+    return sum(x.nbytes for v in found.values() for x in (v if isinstance(v, list) else [v]))
+
+
 def to_device(x, device):
-    return [part.to(device) for part in x] if isinstance(x, list) else x.to(device)
+    return [one.to(device) for one in x] if isinstance(x, list) else x.to(device)
 
 
-def check_whole(net, what):
-    """diffusers leaves what a file lacks without memory."""
-    lost = [k for k, p in net.named_parameters() if p.is_meta]
-    need(not lost, f'{what}: its weights lack {len(lost)} tensors, as {lost[:1]}; fetch it again')
-
-
+# -------------------- adapters
 def add_adapter(net, name, **config):
     from peft import LoraConfig
     with warnings.catch_warnings():
@@ -91,10 +187,10 @@ def attach(net, name, adapter, dtype=None):
 class Network:
     """A field's network with the teachers' adapters on it, the full models beside it, and prompts."""
 
-    def __init__(self, field, teachers=(), cache_gb=4.0):
-        self.field, self.prompts = field, Prompts(field, cache_gb)
-        self.teachers = {t['name']: t for t in teachers}
-        self.adapters, self.full = {'student'}, {}
+    def __init__(self, field, teachers=(), cache_gb=4.0, mixing='hard', offload=False, small=False):
+        self.field, self.mixing, self.offload, self.small = field, mixing, offload, small
+        self.teachers, self.schedules = {t['name']: t for t in teachers}, {}
+        self.adapters, self.full, self.gigabytes = {'student'}, {}, {}
         for name, t in self.teachers.items():
             if t.get('lora'):
                 adapter = self.fit(merge_lora.read_adapter(t['lora']), f'teacher {name!r}')
@@ -102,10 +198,60 @@ class Network:
                      'weights do nothing')
                 attach(field.net, name, adapter, field.dtype)
                 self.adapters.add(name)
+                numbers = sum(A.numel() + B.numel() for A, B, _ in adapter.values())
+                self.gigabytes[name] = numbers * field.dtype.itemsize / 1e9
             elif t.get('checkpoint'):                          # full weights: a second denoiser
                 self.full[name] = copy.copy(field)
-                self.full[name].net = self.load_full(t['checkpoint'])
+                net = self.full[name].net = self.load_full(t['checkpoint'])
+                self.gigabytes[name] = sum(p.nbytes for p in net.parameters()) / 1e9
+        self.prompts = Prompts(self, cache_gb)
         self.refresh()
+
+    @classmethod
+    def open(cls, families, c, device, data, held, teachers=(), checkpoint=None):
+        """All of a run. The words that are known ahead are encoded before the network is on the device."""
+        field = open_field(families, c, device)
+        for size in {tuple(r['size']) for r in c.routes}:      # of a hub id, known only now
+            check_size(type(field), type(field.pipe).__name__, field.configs, *size,
+                       any(b.sources for b in data.buckets.values()))
+        models = cls(field, teachers, c.cache_gb, getattr(c, 'mixing', 'hard'),
+                     getattr(c, 'teacher_offload', False), bool(c.base_storage))
+        models.prompts.begin([r for rows in held.values() for r in rows], data.buckets)
+        models.student = open_student(models, c, checkpoint)
+        return models
+
+    def nets(self):
+        return [self.field.net, *(f.net for f in self.full.values() if not self.offload)]
+
+    @contextmanager
+    def away(self):
+        """The text encoders are on the device, and no network is; then the other way round."""
+        device, encoders = self.field.device, self.field.encoders()
+        for m in self.nets():
+            m.to('cpu')
+        for m in encoders:
+            m.to(device)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for m in encoders:
+                m.to('cpu')
+            for m in self.nets():
+                m.to(device)
+
+    @contextmanager
+    def seated(self, who):
+        """The field that answers for a name, its network on the device."""
+        field = self.full.get(who, self.field)
+        waits = self.offload and who in self.full
+        if waits:
+            field.net.to(field.device)
+        try:
+            yield field
+        finally:
+            if waits:
+                field.net.to('cpu')
 
     def fit(self, adapter, what):
         """An adapter's tensors under this net's names; all must land."""
@@ -119,17 +265,19 @@ class Network:
         alone = (Path(path) / 'config.json').exists()          # the network, or a whole pipeline
         try:
             net = type(own).from_pretrained(path, subfolder=None if alone else self.field.prefix,
-                                            dtype=own.dtype)
+                                            dtype=self.field.dtype)
         except Exception as e:
             raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
-                           f'diffusers folder or hub id of the same family. It said: {str(e)[:300]}')
+                           f'diffusers folder or hub id of the same family. It said: {str(e)[:300]}') from e
         check_whole(net, f'checkpoint {path}')
         for k in ('in_channels', 'out_channels'):
             need(net.config.get(k) == own.config.get(k), f'checkpoint {path} has another {k}')
+        if self.small:
+            store_small(net)
         mine = {k.replace('.base_layer', ''): p for k, p in own.named_parameters()}
         need(any(k in mine and not torch.equal(p, mine[k].cpu()) for k, p in net.named_parameters()),
              f'checkpoint {path} has the weights of the base')
-        return net.requires_grad_(False).eval().to(self.field.device)
+        return net.requires_grad_(False).eval()
 
     def refresh(self):
         """After an adapter was added."""
@@ -140,7 +288,21 @@ class Network:
         for n, p in self.field.net.named_parameters():         # attaching makes an adapter trainable
             p.requires_grad_('.student.' in n)
 
+    def derived(self):
+        """Lines of the table before the first step: what is known only with the weights loaded."""
+        s = self.student
+        numbers = sum(p.numel() for p in s.params.values())
+        yield 'student', f'rank {s.rank} on {len(s.names)} layers: {numbers:,} numbers'
+        yield 'a checkpoint', f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume needs'
+        for name, gb in self.gigabytes.items():
+            yield f'teacher {name}', f'{gb:.4f} GB'
+        if s.lost:
+            yield 'start', f'cut to rank {s.rank}, it differs from the exact one by {s.lost:.1%}'
+        if s.lost > 0.05:
+            yield 'WARNING', f'that is more than 5 %: rank {s.whole_rank} would hold the start whole'
 
+
+# -------------------- the student
 class Student:
     """The one adapter that learns, in float32, with its optimizer and its average."""
 
@@ -151,7 +313,8 @@ class Student:
         hits = {t: [k for k in linear if k == t or k.endswith('.' + t)] for t in targets}
         need(all(hits.values()), 'lora_targets: no linear layer of the model is called '
              f'{", ".join(t for t in hits if not hits[t])}')
-        self.names, self.alpha = sorted({k for found in hits.values() for k in found}), c.alpha
+        self.names = sorted({k for found in hits.values() for k in found})
+        self.alpha, self.rank, self.decay, self.every = c.alpha, c.rank, c.ema_decay, c.ema_every
         surplus = sorted(set(start or ()) - set(self.names))
         need(not surplus, f'init_from: {len(surplus)} modules of the start, as {surplus[:1]}, are '
              'not in lora_targets; add them there, or leave lora_targets None')
@@ -160,14 +323,25 @@ class Student:
         self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
         for p in self.params.values():
             p.data = p.data.float()                            # PEFT made them in the base's dtype
-        for key, module in (start or {}).items():
-            layer, (A, B) = net.get_submodule(key), merge_lora.to_rank(module, c.rank)
-            used = int(A.flatten(1).any(1).sum())              # surplus rows keep their random start
-            layer.lora_A['student'].weight.data[:used] = A[:used]
-            layer.lora_B['student'].weight.data.copy_(B / (c.alpha / c.rank))
-        self.start, self.ema, self.bad = self.tensors(), self.tensors() if c.ema_decay else None, 0
+        self.begin(net, start or {}, c.rank)
+        self.start, self.ema = self.tensors(), self.tensors() if c.ema_decay else None
+        self.updates = self.skipped = self.idle = 0            # updates made, not finite, without gradient
+        self.recent = deque(maxlen=20)                         # which of the last were not finite
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(c.betas),
                                            weight_decay=c.weight_decay)
+
+    def begin(self, net, start, rank):
+        """The start's tensors, cut to the rank; surplus rows of A keep their random numbers."""
+        cut = {k: (*merge_lora.to_rank(m, rank), 1.0) for k, m in start.items()}
+        whole = merge_lora.size(start) if start else 0.0
+        self.whole_rank = max((A.shape[0] for A, _, _ in start.values()), default=rank)
+        self.lost = 0.0
+        if self.whole_rank > rank:
+            self.lost = merge_lora.size(merge_lora.merge([start, cut], [1.0, -1.0])) / whole
+        for key, (A, B, _) in cut.items():
+            layer, used = net.get_submodule(key), int(A.flatten(1).any(1).sum())
+            layer.lora_A['student'].weight.data[:used] = A[:used]
+            layer.lora_B['student'].weight.data.copy_(B / (self.alpha / rank))
 
     def tensors(self):
         return {n: p.detach().clone() for n, p in self.params.items()}
@@ -184,59 +358,86 @@ class Student:
             for n, p in self.params.items():
                 p.data.copy_(own[n])
 
-    def update(self, lr, c, world, average=True):
-        """One optimizer step; the gradients are summed over the processes, once. One that is not finite
-        is skipped, and five of these in a row end the run. -> the gradient's norm."""
+    def update(self, lr, c, world):
+        """One optimizer step; the gradients are summed over the processes, once. Where there is none, or
+        one that is not finite, nothing moves. -> the gradient's norm."""
         params = self.params.values()
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
         if world.size > 1:
             dist.all_reduce(flat)
         norm = flat.norm().item()
-        self.bad = 0 if math.isfinite(norm) else self.bad + 1
-        need(self.bad < 5, '5 updates in a row had no finite gradient; lower lr, or use dtype=float32. '
-             'The last checkpoint is from before')
-        if not self.bad:
+        self.recent.append(not math.isfinite(norm))
+        self.skipped += self.recent[-1]
+        self.idle += norm == 0
+        if norm and not self.recent[-1]:
             scale = min(1.0, c.grad_clip / (norm + 1e-6)) if c.grad_clip else 1.0
             for p, g in zip(params, flat.split([p.numel() for p in params])):
                 p.grad = g.view_as(p) * scale
             self.optimizer.param_groups[0]['lr'] = lr
             self.optimizer.step()
-            for n, p in self.params.items() if self.ema and average else ():
+            self.updates += 1
+            for n, p in self.params.items() if self.ema and self.updates % c.ema_every == 0 else ():
                 self.ema[n].lerp_(p.detach(), 1 - c.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def save(self, folder, prefix):
-        merge_lora.write_adapter(folder, self.modules(self.tensors()), self.alpha, prefix)
-        if self.ema:
-            merge_lora.write_adapter(folder / 'ema', self.modules(self.ema), self.alpha, prefix)
-        state = dict(student=self.tensors(), ema=self.ema, optimizer=self.optimizer.state_dict())
-        torch.save(state, folder / 'train_state.pt')
+        """What people use, the average if there is one, as adapter files; and what a resume needs."""
+        merge_lora.write_adapter(folder, self.modules(self.ema or self.tensors()), self.alpha, prefix)
+        counts = dict(updates=self.updates, skipped=self.skipped, idle=self.idle, recent=list(self.recent))
+        torch.save(dict(student=self.tensors(), averaged=bool(self.ema), counts=counts, alpha=self.alpha,
+                        optimizer=self.optimizer.state_dict()), folder / 'train_state.pt')
 
     def modules(self, tensors):
         """{module: (A, B)} as adapter files have it."""
         return {k: tuple(tensors[f'{k}.lora_{ab}.student.weight'].cpu() for ab in 'AB')
                 for k in self.names}
 
-    def load(self, folder):
-        try:
-            state = torch.load(folder / 'train_state.pt', map_location='cpu', weights_only=True)
-        except Exception as e:
-            raise BadInput(f'{folder}/train_state.pt cannot be read ({e}); delete {folder} to resume '
-                           'from the checkpoint before it')
+    def load(self, folder, step):
+        state = train_state(folder)
         saved = {n: x.shape for n, x in state['student'].items()}
         need(saved == {n: p.shape for n, p in self.params.items()}, f'{folder} holds another adapter '
              'than these settings make: rank, lora_targets and model must be those of its meta.json')
+        ema = state.get('ema')                                 # folders of old have it there
+        if state.get('averaged'):
+            files = merge_lora.read_adapter(folder)
+            ema = {f'{k}.lora_{ab}.student.weight': x for k, m in files.items() for ab, x in zip('AB', m)}
         for n, p in self.params.items():
             p.data.copy_(state['student'][n])
             if self.ema:                                       # an average that is new starts from here
-                self.ema[n].copy_((state['ema'] or state['student'])[n])
+                self.ema[n].copy_((ema or state['student'])[n])
+        counts = state.get('counts', dict(updates=step, skipped=0, idle=0, recent=[]))
+        self.updates, self.skipped, self.idle = (counts[k] for k in ('updates', 'skipped', 'idle'))
+        self.recent.extend(counts['recent'])
         own = self.optimizer.state_dict()                      # a resume follows the settings
-        self.optimizer.load_state_dict({**own, 'state': state['optimizer']['state']})
+        try:
+            self.optimizer.load_state_dict({**own, 'state': state['optimizer']['state']})
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f'{folder}/train_state.pt has another optimizer ({e}); delete {folder} to resume '
+                           'from the checkpoint before it') from e
+
+
+def train_state(folder):
+    try:
+        state = torch.load(Path(folder) / 'train_state.pt', map_location='cpu', weights_only=True)
+        assert isinstance(state['student'], dict) and isinstance(state['optimizer'], dict)
+        return state
+    except Exception as e:
+        said = str(e).strip().splitlines()[0] if 'weights_only' not in str(e) else 'it holds more than tensors'
+        raise BadInput(f'{folder}/train_state.pt cannot be read ({said}); delete {folder} to resume from the '
+                       'checkpoint before it') from e
+
+
+def last_weights(folder):
+    """The student itself, not its average, of a checkpoint: {module: (A, B, scale)}."""
+    state = train_state(folder)
+    names = {n.split('.lora_')[0] for n in state['student']}
+    found = {k: [state['student'][f'{k}.lora_{ab}.student.weight'] for ab in 'AB'] for k in names}
+    return {k: (A, B, state['alpha'] / A.shape[0]) for k, (A, B) in found.items()}
 
 
 def merged_start(models, c):
-    """init_from = 'merge': the mean of the teachers' deltas by route weight (the base's is none)."""
+    """init_from = 'merge': the mean of the LoRA teachers' deltas, by the weights of their routes."""
     routes = [r for r in c.routes if models.teachers[r['teacher']].get('lora')]
     total = sum(r.get('weight', 1.0) for r in routes)
     read = {r['teacher']: merge_lora.read_adapter(models.teachers[r['teacher']]['lora'])
@@ -256,7 +457,7 @@ def open_student(models, c, checkpoint=None):
     student = Student(field.net, c, c.lora_targets or sorted(start or ()) or field.targets, start)
     models.refresh()
     if checkpoint:
-        student.load(checkpoint)
+        student.load(checkpoint, int(checkpoint.name[5:]))
     if c.grad_checkpointing:
         field.net.enable_gradient_checkpointing()
     if c.compile:
@@ -265,19 +466,3 @@ def open_student(models, c, checkpoint=None):
         for m in blocks or [field.net]:
             m.compile()
     return student
-
-
-def open_pipeline(path, pipeline, dtype='float32', device='cpu'):
-    """A diffusers folder or hub id -> its pipeline, by a name that is not '' if it is not its own."""
-    import diffusers, transformers
-    for x in (diffusers.utils.logging, transformers.utils.logging):
-        x.set_verbosity_error()
-        x.disable_progress_bar()
-    index = diffusers.DiffusionPipeline.load_config(path)
-    pipeline = pipeline or index['_class_name']
-    unused = [k for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index]
-    low = 'bfloat16' if torch.device(device).type == 'cuda' else 'float32'
-    dtype = getattr(torch, low if dtype == 'auto' else dtype)
-    # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
-    kinds = dtype if 'Omni' in pipeline else {'default': dtype, 'vae': torch.float32}
-    return getattr(diffusers, pipeline).from_pretrained(path, dtype=kinds, **dict.fromkeys(unused))

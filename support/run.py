@@ -1,80 +1,76 @@
 """
-One run: its processes, and its folder with log.jsonl, samples/, and checkpoints step_*/ with a link
-`latest`. A checkpoint is renamed into place when it is whole: a run can be killed at any moment.
+A run's folder: log.jsonl, samples/, result.json, and checkpoints step_*/ with a link `latest`. A checkpoint is renamed into place when it is whole: a run can be killed at any moment.
 """
-import atexit, hashlib, json, os, resource, shutil, sys, time
-from datetime import timedelta
-from functools import partial
+import fcntl, hashlib, json, math, os, re, resource, shutil, socket, sys, time
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import merge_lora
-from configurator import need
+from configurator import BadInput, need
+from support.files import curve, draw_pairs, grid, judged
+from support.processes import gather
 
-
-def launch(device='', tf32=True):
-    """This process among all: rank, size, device. Works with and without torchrun."""
-    rank, size, local = (int(os.environ.get(k, d))
-                         for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    gpu = torch.cuda.is_available() and not device.startswith('cpu')
-    device = f'cuda:{local}' if gpu and device in ('', 'cuda') else device or 'cpu'
-    if gpu:
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(hours=1))
-        atexit.register(dist.destroy_process_group)
-    return SimpleNamespace(rank=rank, size=size, device=torch.device(device))
-
-
-def gather(world, x):
-    """Lists of all processes, one after the other."""
-    if world.size == 1:
-        return x
-    parts = [None] * world.size
-    dist.all_gather_object(parts, x)
-    return [y for p in parts for y in p]
+SUMS = 'groups', 'skipped_groups', 'cost'                      # in the log; other numbers are means
+BAD, RECENT = 5, 20                                            # so many skipped of the last so many end a run
 
 
 class Folder:
-    """Where a run keeps its log, pictures and checkpoints; one process writes. `resumed` is the checkpoint
-    that is resumed, or None, `first` its step, and `state` what a method keeps besides weights."""
+    """Where a run keeps its log, pictures and checkpoints; one process writes. `resumed` is the
+    checkpoint that is resumed, or None, `first` its step, `state` what a method keeps besides
+    weights, `stills` pictures that do not change."""
 
     def __init__(self, c, world, teachers=()):
-        self.c, self.world, self.out, self.state = c, world, Path(c.out_dir), []
+        self.c, self.world, self.out, self.state, self.stills = c, world, Path(c.out_dir), [], {}
         self.first, self.notes, self.history, self.t0 = 0, [], [], time.time()
-        self.log, self.begun, self.wandb = self.out / 'log.jsonl', False, None
+        self.log, self.begun, self.trackers, self.at, self.bad_at = self.out / 'log.jsonl', False, [], '', ''
         paths = {t['name']: t.get('lora') or t.get('checkpoint') or c.model for t in teachers}
         found = {t['name']: merge_lora.find(t['lora']) for t in teachers if t.get('lora')}
         self.meta = dict(
             settings={k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')},
             teachers={k: dict(path=p, sha256=sha256(found.get(k, p))) for k, p in paths.items()})
         resume = c.init_from == 'resume'
-        if world.rank == 0:
-            claim(self.out, resume, self.meta)                 # one process looks after the folder
+        if world.rank == 0:                                    # one process looks after the folder
+            self.lock = locked(self.out)
+            claim(self.out, resume, self.meta)
         gather(world, [])
         self.resumed = newest(self.out) if resume else None
         need(len(set(gather(world, [self.resumed and self.resumed.name]))) == 1,
              f'{self.out} has to be one folder for all machines, but they see different ones')
         if self.resumed:
-            old = json.loads((self.resumed / 'meta.json').read_text())
-            self.meta['settings']['init_from'] = old['settings']['init_from']
-            self.first, self.state = old['step'], old['state']
-            lines = self.log.read_text().splitlines() if self.log.exists() else []
-            whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]
-            self.history = [e for e in whole if e['step'] <= self.first]   # a kill cuts a line
+            self.read()
 
-    def save(self, step, student, prefix):
+    def read(self):
+        """What a resume goes on with."""
+        old = read_json(self.resumed / 'meta.json')
+        self.meta['settings']['init_from'] = old['settings']['init_from']
+        self.first, self.state = old['step'], old['state']
+        if self.world.rank == 0:                               # the others' are in it
+            self.notes = old.get('notes', [])
+        lines = self.log.read_text(errors='replace').splitlines() if self.log.exists() else []
+        whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]
+        self.history = [e for e in whole if e['step'] <= self.first]   # a kill cuts a line
+
+    def begin(self, models, data):
+        """Before the first step: what it starts from, and edit pairs to be looked at, as files."""
+        self.student, self.prefix = models.student, models.field.prefix
+        for name, text in models.derived():
+            self.say(f'{name:22s} {text}')
+        if self.resumed:
+            return self.say(f'resumed {self.resumed}')
         if self.world.rank == 0:
-            if step == 0:                                      # what it began from is a file of the run
-                start = student.modules(student.start)
-                merge_lora.write_adapter(self.out / 'start', start, student.alpha, prefix)
-            meta = {**self.meta, 'state': self.state}
-            save_checkpoint(self.out, step, partial(student.save, prefix=prefix), meta, self.c.ckpt_keep)
+            start = self.student.modules(self.student.start)
+            merge_lora.write_adapter(self.out / 'start', start, self.student.alpha, self.prefix)
+            draw_pairs(data.buckets, self.out / 'samples')
+        self.save(0, models)
+
+    def save(self, step, models):
+        notes = gather(self.world, self.notes)
+        if self.world.rank == 0:
+            meta = {**self.meta, 'state': self.state, 'notes': notes, 'step': step}
+            save_checkpoint(self.out, step, self.student.save, self.prefix, meta, self.c.ckpt_keep)
         gather(self.world, [])
 
     def say(self, text):
@@ -85,34 +81,50 @@ class Folder:
     def add(self, entry):
         """To the log. Before the first, what came after the checkpoint that is resumed goes."""
         self.history.append(entry)
-        if self.world.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with open(self.log, 'a' if self.begun else 'w') as f:
-                f.writelines(json.dumps(e) + '\n' for e in self.history[-1 if self.begun else 0:])
-            if self.c.wandb_log and not self.begun:
-                self.begin_wandb()
+        if self.world.rank:
+            return
+        if not self.begun:
+            write_text(self.log, ''.join(json.dumps(e) + '\n' for e in self.history))
+            self.trackers = trackers(self)
             self.begun = True
-            if self.wandb:
-                self.wandb.log(entry, step=entry['step'])
+        else:
+            with writing(self.log), open(self.log, 'a') as f:
+                f.write(json.dumps(entry) + '\n')
+        for tell in self.trackers:
+            tell(entry)
 
-    def begin_wandb(self):
-        import wandb
-        mark = self.out / 'wandb_id'                           # a resume continues its own line
-        if not self.resumed or not mark.exists():
-            mark.write_text(f'{self.out.name}-{time.time_ns():x}')
-        self.wandb = wandb.init(project=self.c.wandb_project, name=self.out.name, id=mark.read_text(),
-                                resume='allow', config=self.meta['settings'])
+    def evaluated(self):
+        """Is the evaluation of the step that this run begins with in the log?"""
+        return any(e['step'] == self.first and 'lr' not in e for e in self.history)
 
     def note(self, batch, **numbers):
         """Numbers of each sample, for the next report; gap and reward also by route."""
         columns = {k: v.tolist() for k, v in numbers.items()}  # one wait for the device a number
         for j, s in enumerate(batch):
             note = {k: v[j] for k, v in columns.items()}
-            self.notes.append(note | {f'train_{k}/{s.label}': note[k] for k in ('gap', 'reward') if k in note})
+            self.at = f'route {s.label}, sigma {note.get("sigma", math.nan):.3f}'
+            if not all(map(math.isfinite, note.values())):
+                self.bad_at = self.at
+            self.notes.append(note | {f'train_{k}/{s.label}': note[k]
+                                      for k in ('gap', 'reward') if k in note})
+
+    def tally(self, **numbers):
+        """Numbers of a whole step."""
+        self.notes.append(numbers)
+
+    def watch(self, step, norm, student):
+        """A skipped update is counted and named; too many end the run."""
+        if math.isfinite(norm):
+            return
+        where = next(filter(None, gather(self.world, [self.bad_at])), f'{self.at}, whose loss was finite')
+        self.bad_at, many = '', sum(student.recent)
+        self.say(f'step {step + 1}: update skipped, its gradient was not finite ({where})')
+        need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite gradient, lastly at '
+             f'{where}. Lower lr, or use dtype=float32; the last checkpoint in {self.out} is from before')
 
     def glance(self, samples):
         """For the bar: the last sample's numbers, and the step's routes."""
-        note = self.notes[-1] if self.notes else {}
+        note = next((n for n in reversed(self.notes) if 'loss' in n), {})
         shown = {k: f'{note[k]:.3g}' for k in ('loss', 'gap', 'reward') if k in note}
         return shown | dict(route='+'.join(dict.fromkeys(s.label for s in samples)))
 
@@ -121,31 +133,105 @@ class Folder:
         notes, self.notes = gather(self.world, self.notes), []
         gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
-        entry = dict(step=step, **entry, seconds=round(time.time() - self.t0, 1), memory_gb=round(peak, 2))
+        entry = dict(step=step, **entry, skipped=self.student.skipped, idle=self.student.idle,
+                     seconds=round(time.time() - self.t0, 1), memory_gb=round(peak, 2))
         for k in sorted({k for n in notes for k in n}):
-            some = [n[k] for n in notes if k in n]
-            total = k in ('groups', 'skipped_groups')
-            entry[k] = max(some) if k == 'ratio_off' else sum(some) / (1 if total else len(some))
+            some = [n[k] for n in notes if k in n]             # fsum: in any order the same
+            entry[k] = max(some) if k == 'ratio_off' else math.fsum(some) / (1 if k in SUMS else len(some))
         self.add(entry)
         shown = [f'{k.removeprefix("train_")} {v:.4g}' for k, v in entry.items() if k.startswith('train_')
                  or k in ('loss', 'gap', 'reward', 'kl', 'sigma', 'ratio_off', 'grad_norm')]
         self.say('  '.join([f'step {step:6d}', *shown, f'{entry["seconds"]:.0f} s', f'{peak:.1f} GB']))
 
-    def end(self, result, name='route'):
-        """The result, as a file and for people."""
+    def draw(self, step, lines, heads):
+        """Lines of (caption, picture, picture, ...) as a picture of the step."""
         if self.world.rank == 0:
-            (self.out / 'result.json').write_text(json.dumps(result, indent=1))
+            captions, *columns = zip(*lines)
+            grid([*zip(*columns)], self.out / 'samples' / f'step_{step:06d}.png', captions, heads)
+
+    def conclude(self, held, models, render):
+        """result.json: by route, the gap before and after, and what the score says of everyone."""
+        student, result, c = models.student, {}, self.c
+        for route in c.routes:
+            label, rows = route['data'], held[route['data']][:c.score_samples]
+            gaps = [e[f'gap/{label}'] for e in self.history if f'gap/{label}' in e]
+            result[label] = dict(gap_before=gaps[0], gap_after=gaps[-1])
+            everyone = dict(base=('base', None), teacher=(route['teacher'], None),
+                            start=('student', student.start), student=('student', student.ema))
+            for name, (who, weights) in everyone.items() if c.score and c.score_samples else ():
+                with student.wearing(weights):
+                    pictures = render(who, route, rows, own=name == 'teacher')
+                result[label][name] = judged(c.score, pictures, rows, c.micro_batch, self.world)
+        self.end(result, ['loss', *(f'gap/{k}' for k in result)])
+
+    def end(self, result, curves, name='route'):
+        """The result, as a file and for people, and the log's curves."""
+        self.world.stop.over()
+        if self.world.rank == 0:
+            write_text(self.out / 'result.json', json.dumps(result, indent=1))
+            curve(self.history, self.out / 'loss.png', curves)
             table(result, name)
+            if self.student.skipped:
+                print(f'{self.student.skipped} updates were skipped: their gradients were not finite')
             print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples '
-                  f'the pictures. Try: python sample.py --ckpt {self.out}')
+                  f'the pictures, {self.out}/loss.png the curves. Try: python sample.py --ckpt {self.out}')
+
+
+def trackers(folder):
+    """Functions that are told of each entry of the log: wandb, tensorboard, if they are asked for."""
+    c, found = folder.c, []
+    if c.wandb_log:
+        import wandb
+        mark = folder.out / 'wandb_id'                         # a resume continues its own line
+        if not folder.resumed or not mark.exists():
+            write_text(mark, f'{folder.out.name}-{time.time_ns():x}')
+        wandb = wandb.init(project=c.wandb_project, name=folder.out.name, id=mark.read_text(),
+                           resume='allow', config=folder.meta['settings'])
+        found.append(lambda entry: wandb.log(entry, step=entry['step']))
+    if c.tensorboard_log:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(folder.out / 'tensorboard', purge_step=folder.first + 1)
+        found.append(lambda entry: [board.add_scalar(k, v, entry['step']) for k, v in entry.items()])
+    return found
 
 
 def table(rows, name):
     """{row: {column: number}} for people."""
-    heads = list(next(iter(rows.values())))
+    heads = list(next(iter(rows.values()), ()))
     print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
     for k, row in rows.items():
         print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
+
+
+# -------------------- files
+@contextmanager
+def writing(path):
+    """A full disk, a folder that is gone: said in a sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise BadInput(f'{path} could not be written: {e.strerror or e}. Checkpoints from before are whole; '
+                       'make room, then go on with --init_from=resume') from e
+
+
+def write_text(path, text):
+    """Whole or not at all."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f'.writing_{path.name}')
+        part.write_text(text)
+        os.replace(part, path)
+
+
+def read_json(path):
+    try:
+        found = json.loads(Path(path).read_text())
+        assert isinstance(found['settings'], dict) and isinstance(found['step'], int)
+        return {'state': [], 'teachers': {}, **found}
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        raise BadInput(f'{path} is damaged ({type(e).__name__}: {e}); delete {Path(path).parent} to go on from '
+                       'the checkpoint before it') from e
 
 
 def sha256(path):
@@ -155,37 +241,68 @@ def sha256(path):
     path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)
     for f in [path] if path.is_file() else sorted(path.rglob('*.safetensors')):
         with open(f, 'rb') as g:
-            while part := g.read(1 << 22):
-                h.update(part)
+            while some := g.read(1 << 22):
+                h.update(some)
     return h.hexdigest() if path.exists() else ''
 
 
+def checkpoints(out):
+    """The whole checkpoints of a run folder, oldest first: step_<digits> with a meta.json."""
+    found = [p for p in Path(out).glob('step_*') if re.fullmatch(r'step_\d+', p.name)]
+    return sorted((p for p in found if (p / 'meta.json').is_file()), key=lambda p: int(p.name[5:]))
+
+
 def newest(out):
-    """The newest whole checkpoint of a run folder, or None. It is renamed into place when whole."""
-    found = sorted(p for p in Path(out).glob('step_*') if (p / 'meta.json').exists())
-    return found[-1] if found else None
+    return next(reversed(checkpoints(out)), None)
 
 
-def save_checkpoint(out, step, write, meta, keep):
-    """write(folder) fills it; it is on disk before it has its name, and `latest` is always a whole one."""
+def save_checkpoint(out, step, write, prefix, meta, keep):
+    """write(folder, prefix) fills it; it is on disk before it has its name, and `latest` is always a
+    whole one. What lies there under its name has no meta.json, or is of a run that came to here before."""
     out, name = Path(out), f'step_{step:06d}'
-    for old in out.glob('.writing*'):                                  # what a killed process left
-        shutil.rmtree(old, ignore_errors=True)
-    if not (out / name).exists():
-        tmp = out / f'.writing_{name}'
+    with writing(out / name):
+        for old in out.glob('.writing*'):                              # what a killed process left
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        tmp, gone = out / f'.writing_{name}', out / f'.writing_old_{name}'
         tmp.mkdir(parents=True)
-        write(tmp)
-        (tmp / 'meta.json').write_text(json.dumps({**meta, 'step': step}, indent=1))
+        write(tmp, prefix)
+        (tmp / 'meta.json').write_text(json.dumps(meta, indent=1))
         for f in [*tmp.rglob('*'), tmp]:
             fd = os.open(f, os.O_RDONLY)
-            os.fsync(fd), os.close(fd)
+            os.fsync(fd)
+            os.close(fd)
+        if (out / name).exists():
+            os.rename(out / name, gone)
         os.rename(tmp, out / name)
-    link = out / '.writing_latest'
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, out / 'latest')
-    for old in sorted(out.glob('step_*'))[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(gone, ignore_errors=True)
+        link = out / '.writing_latest'
+        link.symlink_to(name)
+        need(not (out / 'latest').is_dir() or (out / 'latest').is_symlink(), f'{out}/latest is a folder, where '
+             'a run keeps a link: give it another name')
+        os.replace(link, out / 'latest')
+        for old in checkpoints(out)[:-keep]:
+            if old.name != name:
+                shutil.rmtree(old)
+
+
+def locked(out):
+    """The folder, made and found to be writable, is this run's until its process ends."""
+    need(str(out) not in ('', '.'), 'out_dir is empty: name a folder for the run')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / '.lock', 'a+')
+    except OSError as e:
+        raise BadInput(f'out_dir: {out} cannot be written to ({e.strerror or e}); choose another') from e
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        lock.seek(0)
+        raise BadInput(f'{out} is being written by {lock.read() or "another process"}; stop that run, or choose '
+                       'another --out_dir') from e
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+    lock.flush()
+    return lock
 
 
 def claim(out, resume, meta):
@@ -198,14 +315,15 @@ def claim(out, resume, meta):
             shutil.rmtree(last)                                # nothing was learned yet: nothing is lost
         return
     need(last, f'{out} has no whole checkpoint to resume from; start the run without init_from=resume')
-    old = json.loads((last / 'meta.json').read_text())
+    need((out / 'start').is_dir(), f'{out}/start is gone, the adapter that the run began with; restore it')
+    old = read_json(last / 'meta.json')
     for name, t in meta['teachers'].items():
         before = old['teachers'].get(name, {})
         what = 'sha256' if t['sha256'] and before.get('sha256') else 'path'    # a hub id has no sum
         need(before.get(what) == t[what], f'the run in {out} had another teacher "{name}" '
              f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in another '
              '--out_dir')
-    then, now = old['settings']['alpha'], meta['settings']['alpha']    # it would scale what was learned
+    then, now = old['settings'].get('alpha'), meta['settings']['alpha']    # it would scale what was learned
     need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, or start from it '
          'as an adapter')
     for k, v in meta['settings'].items():

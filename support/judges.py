@@ -1,0 +1,74 @@
+"""
+The rewards of a run as train_teacher.py asks them, and what SDPO remembers of them.
+"""
+import itertools
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from support import rewards
+
+
+def buffered(x, past, batch):
+    """SDPO's advantage of a return: against those remembered of its prompt and step, or, while these are
+    fewer than 16, against the whole batch's of its step."""
+    known = torch.tensor(list(past) if len(past) >= 16 else batch)
+    return ((x - known.mean()) / (known.std() + 1e-6)).item()
+
+
+class Judges:
+    """The rewards of a run. They are asked in a thread, while the next pictures are made; after a
+    failure nobody is asked any more. And what SDPO remembers of them."""
+
+    def __init__(self, c, folder):
+        device, self.folder, self.failed = folder.world.device, folder, None
+        asked = c.reward if c.method != 'sft' else []
+        self.weights = {r['reward']: r.get('weight', 1.0) for r in asked}
+        self.rewards = {name: rewards.load(name, device) for name in self.weights}
+        self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}
+        set_gpu = partial(torch.cuda.set_device, device) if device.type == 'cuda' else None
+        self.pool, self.most = ThreadPoolExecutor(1, initializer=set_gpu), c.buffer
+        # returns of a prompt, a reward and a step
+        self.memory = {(p, name, i): deque(v, c.buffer) for p, name, i, v in folder.state
+                       if name in self.weights}
+
+    def ask(self, images, rows):
+        """A tensor a reward. `submit` does it later."""
+        try:
+            if self.failed:
+                raise self.failed
+            return [torch.tensor(rewards.checked(name, f, images, rows, self.folder.out))
+                    for name, f in self.rewards.items()]
+        except rewards.RewardError as e:
+            self.failed = e
+            raise
+
+    def submit(self, latents, rows, models):
+        return self.pool.submit(self.ask, models.field.decode(latents), rows)
+
+    def note(self, batch, values):
+        total = sum(w * v for w, v in zip(self.weights.values(), values))
+        each = {f'reward/{k}': v for k, v in zip(self.weights, values)}
+        self.folder.note(batch, reward=total, **each)
+
+    def note_groups(self, samples, alive, group):
+        dead = 1.0 - alive.float()
+        self.folder.note(samples[::group], groups=torch.ones_like(dead), skipped_groups=dead,
+                         skipped_share=dead)
+
+    def remember(self, found):
+        """SDPO's advantages of all samples' returns, found = [(number, prompt, returns by reward and
+        step)] of all processes: {number: [of each step]}. All processes remember the same."""
+        names, found = list(self.weights), sorted(found)
+        each = list(itertools.product(range(len(names)), range(len(found[0][2][0]))))
+        for (_, prompt, x), (r, i) in itertools.product(found, each):
+            self.memory.setdefault((prompt, names[r], i), deque(maxlen=self.most)).append(x[r][i])
+        self.folder.state = [(*k, list(v)) for k, v in self.memory.items()]
+        together = {(r, i): [x[r][i] for _, _, x in found] for r, i in each}
+        advantages = {number: [0.0] * len(x[0]) for number, _, x in found}
+        for (number, prompt, x), (r, i) in itertools.product(found, each):
+            past = self.memory[prompt, names[r], i]
+            advantages[number][i] += self.weights[names[r]] * buffered(x[r][i], past, together[r, i])
+        return advantages
