@@ -15,20 +15,19 @@ checkpoints, or student and base, can be compared picture by picture. Left out o
 samplers, negative prompts.
 """
 import itertools, json, sys
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from PIL import Image
 
 import configurator
 import merge_lora
 from configurator import BadInput, collect, configure, need
-from support.checks import check_size, peek
-from support.files import grid, load_function, load_image, read_data, score_mean
-from support.models import attach
-from support.run import launch
-from train_opd import Models, Sample, denoise, find_family, first_states, open_field, torch_rng
+from support.checks import peek
+from support.files import grid, load_function, load_image, read_data, score_mean, to_picture
+from support.models import attach, check_size, last_weights, open_field
+from support.processes import launch
+from train_opd import FAMILIES, Models, Sample, denoise, micro_batches, torch_rng
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. 0, None and '' take what the checkpoint's run had
@@ -52,6 +51,7 @@ batch_size = 8                      # pictures a forward
 score = ''                          # file.py:function(images, rows): its mean is printed for each bucket
 out_dir = 'out/samples'
 dtype = 'auto'                      # auto = bfloat16 on a GPU, float32 on a CPU
+base_storage = ''                   # 'float8' keeps the base in 8 bits
 device = ''                         # '' takes a GPU if there is one
 SETTINGS = collect(sys.modules[__name__])
 AHEAD = 128                         # prompts that are encoded in one visit of the text encoders
@@ -82,7 +82,7 @@ def fill(c, run):
     need(c.model or run.get('model'), nameless if c.ckpt else 'give --ckpt, or --model for a base')
     same = c.model in ('', run.get('model'))
     c.model, c.family = c.model or run['model'], c.family or (run.get('family', '') if same else '')
-    found = peek(c.model, find_family, c.family)
+    found = peek(c.model, FAMILIES, c.family)
     configs = found[2]
     net, vae = configs.get('transformer') or configs.get('unet') or {}, configs.get('vae', {})
     latent = net.get('sample_size') or 0
@@ -113,14 +113,6 @@ def read_rows(c, run):
     return [{**r, 'source_image': r.get('source_image') or c.source} for r in rows]
 
 
-def render(c, models, who, batch):
-    """Pictures in [0, 1] of samples that all have a source picture, or all have none."""
-    models.prompts.condition(batch, *c.resolution)
-    sigmas = models.field.sigmas(c.steps, *c.resolution).to(models.field.device)
-    velocity, z = partial(models.velocity, who, w=c.guidance), first_states(batch, models, c)
-    return models.field.decode(denoise(velocity, batch, z, sigmas)).cpu()
-
-
 def small(x, most=384):
     """For the sheet: at most so many pixels a side."""
     k = max(x.shape[-2:]) / most
@@ -143,6 +135,8 @@ def check(c):
     paths = {r['source_image'] for r in rows} - {''}
     sources = {p: small(load_image(p, *c.resolution) / 2 + 0.5) for p in paths}
     check_size(*found, *c.resolution, bool(sources))
+    if path and not c.ema and (path.parent / 'train_state.pt').is_file():
+        return path, last_weights(path.parent), rows, sources
     return path, merge_lora.read_adapter(path) if path else {}, rows, sources
 
 
@@ -151,7 +145,7 @@ def main(argv):
     c = configure(SETTINGS, argv)
     path, adapter, rows, sources = check(c)
     device = launch(c.device).device
-    field = open_field(c.model, c.dtype, device, c.family, c.max_sequence_length, c.distilled_guidance)
+    field = open_field(FAMILIES, c, device)
     models, who = Models(field), 'student' if adapter else 'base'
     if adapter:
         adapter = models.fit(adapter, c.ckpt)
@@ -162,23 +156,21 @@ def main(argv):
 
     out, sheet, scores, judge = Path(c.out_dir), {}, {}, load_function(c.score) if c.score else None
     out.mkdir(parents=True, exist_ok=True)
+    models.prompts.expect(rows)
     for at in range(0, len(rows), AHEAD):
-        some = list(enumerate(rows))[at:at + AHEAD]
-        models.prompts.add(r for _, r in some)
-        for sourced in (False, True):                                  # the two cannot share a forward
-            todo = [Sample(r, torch_rng(c.seed, i, k), number=k, group=i) for i, r in some
-                    for k in range(c.num) if bool(r['source_image']) == sourced]
-            for batch in (todo[j:j + c.batch_size] for j in range(0, len(todo), c.batch_size)):
-                pictures = render(c, models, who, batch)
-                said = judge(pictures, [s.row for s in batch]) if judge else ()
-                for s, one in zip(batch, said):
-                    scores.setdefault(s.row.get('task') or 'all', []).append(one)
-                for s, x in zip(batch, pictures):
-                    file = out / f'{s.group:04d}_{s.number}.png'
-                    Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
-                    print(file)
-                    if s.group < SHEET:
-                        sheet.setdefault(s.group, []).append(small(x))
+        todo = [Sample(r, c.resolution, torch_rng(c.seed, i, k), number=k, group=i)
+                for i, r in list(enumerate(rows))[at:at + AHEAD] for k in range(c.num)]
+        for batch in micro_batches(todo, models, SimpleNamespace(micro_batch=c.batch_size)):
+            pictures = denoise(who, batch, models, c.steps, c.guidance).cpu()
+            said = judge(pictures, [s.row for s in batch]) if judge else ()
+            for s, one in zip(batch, said):
+                scores.setdefault(s.row.get('task') or 'all', []).append(one)
+            for s, x in zip(batch, pictures):
+                file = out / f'{s.group:04d}_{s.number}.png'
+                to_picture(x).save(file)
+                print(file)
+                if s.group < SHEET:
+                    sheet.setdefault(s.group, []).append(small(x))
     lines = [[sources.get(r['source_image']), *sheet[i]] for i, r in enumerate(rows[:SHEET])]
     grid(lines, out / 'grid.png', [r['prompt'] for r in rows[:SHEET]], ['source', *map(str, range(c.num))])
     print(out / 'grid.png')

@@ -23,28 +23,28 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import configurator
 from configurator import collect, need
 from support import checks
-from support.files import load_image
-from support.models import Network
+from support.files import load_image, load_images, shown, to_picture
+from support.judges import group_advantage
+from support.models import Network, learning_rate
 from support.processes import gather, launch
 from support.run import Folder
 
-sys.modules.setdefault('train_opd', sys.modules[__name__])      # for a family's file that imports it
+sys.modules.setdefault('train_opd', sys.modules[__name__])      # for a family's file, which imports
 
 # --------------------------------------------------------------------------------------------------
 # Settings: the demonstration's. Config files and --key=value override them. In brackets: papers'
 # model
 model = 'data/shapes/base'          # diffusers folder or hub id
-family = ''                         # '' reads it from model_index.json; else of FAMILIES, or file.py:Class
+family = ''                         # '' as model_index.json says; one of FAMILIES, or file.py:Class
 dtype = 'auto'                      # of the base: auto = bfloat16 on a GPU, float32 on a CPU
-base_storage = ''                   # 'float8' keeps the frozen base in 8 bits, and computes in dtype
+base_storage = ''                   # 'float8': the frozen base in 8 bits; it computes in dtype
 device = ''                         # '' takes a GPU if there is one
-resolution: int | list = 24         # pixels: one number, or [height, width]; a route may have its own
+resolution: int | list = 24         # pixels, or [height, width]; a route may have its own
 max_sequence_length = 256           # text tokens, at most what the tokenizer allows
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5)
 cache_gb = 4.0                      # of prompts' embeddings that are kept in memory
@@ -62,7 +62,7 @@ routes = [
     dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
     dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15)]
 routes_per_step: int | str = 'all'  # 1 a step (DanceOPD), 'all' (DiffusionOPD), 'sample': each its
-mixing = 'hard'                     # 'soft', an ablation: all teachers' mean by their `weight` instead
+mixing = 'hard'                     # 'soft', an ablation: all teachers' mean by their `weight`
 teacher_offload = False             # teachers with full weights wait on the CPU for their turn
 # data: CSV, JSONL or TXT; a row's bucket is its `task`, else its file's name, without _val
 data: list = [f'data/shapes/{k}.csv' for k in ('t2i', 'count', 'local_edit', 'global_edit')]
@@ -201,7 +201,7 @@ class Field:
     targets = ()                        # layers that a LoRA is put on
     blocks = ()                         # classes of modules that are compiled one by one
     editors = ()                        # pipelines of it that edit a source picture
-    takes_sigmas = True                 # its scheduler: from a list of sigmas, else a number of steps
+    takes_sigmas = True                 # its scheduler: a list of sigmas; else a number of steps
     sees_source = False                 # its text encoder looks at an edit's source picture as well
 
     @classmethod
@@ -223,16 +223,8 @@ class Field:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.can_edit = type(pipe).__name__ in self.editors
         for m in pipe.components.values():
-            if isinstance(m, torch.nn.Module):                 # VAE and siglip stay on the device;
-                own = m is self.net or m in self.encoders()    # network and encoders take turns
-                m.requires_grad_(False).eval().to('cpu' if own else self.device)
-
-    def encoders(self):
-        return [m for k, m in self.pipe.components.items() if k.startswith('text_encoder') and m]
-
-    def drop_encoders(self):
-        for k in [k for k in self.pipe.components if k.startswith('text_encoder')]:
-            setattr(self.pipe, k, None)
+            if isinstance(m, torch.nn.Module):
+                m.requires_grad_(False).eval()
 
     def shape(self, height, width):
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
@@ -295,7 +287,8 @@ class SD3(Field):
 
     @classmethod
     def unit(cls, configs):
-        return super().unit(configs) // cls.patch * configs.get('transformer', {}).get('patch_size', 2)
+        patch = configs.get('transformer', {}).get('patch_size', cls.patch)
+        return super().unit(configs) // cls.patch * patch
 
     @classmethod
     def largest(cls, configs, editing):
@@ -340,7 +333,7 @@ class ZImage(Field):
 
     def encode_source(self, path, height, width):
         x = load_image(path, height, width)
-        picture = Image.fromarray(((x / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
+        picture = to_picture(x / 2 + 0.5)
         seen = self.pipe.prepare_siglip_embeds([picture], 1, self.device, torch.float32)
         return {'source': self.encode_image(x[None])[0], 'seen': seen[0][0]}
 
@@ -376,7 +369,7 @@ class Models(Network):
     spent = 0                           # forwards so far: with gradient three, with guidance double
 
     def switch(self, name):
-        """Fast: PEFT's own calls would rewrite requires_grad. No adapter's name is the bare base."""
+        """Fast: PEFT's own calls rewrite requires_grad. No adapter's name is the bare base."""
         for m in self.layers:
             m._disable_adapters = name not in self.adapters
             if name in self.adapters:
@@ -411,13 +404,6 @@ class Models(Network):
                 said = self.velocity(name, asked, z[own], sigma[own], t.get('guidance', 1.0))
                 v[own] += said * t.get('weight', 1.0) / total if soft else said
         return v
-
-    def sigmas(self, batch, n):
-        """A batch's schedule of n steps, on the device."""
-        size = batch[0].size
-        if (n, size) not in self.schedules:
-            self.schedules[n, size] = self.field.sigmas(n, *size).to(self.field.device)
-        return self.schedules[n, size]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,10 +452,9 @@ def routes_of(step, c):
 
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
-    """This process's samples of a step, as many of each of the updates that they are dealt among."""
-    who, every, total = routes_of(step, c), c.routes_per_step == 'all', 0.0
-    total = sum(r.get('weight', 1.0) for r in c.routes)
-    samples, updates = [], updates or c.updates
+    """This process's samples of a step, as many of each of the updates they are dealt among."""
+    samples, who, updates = [], routes_of(step, c), updates or c.updates
+    every, total = c.routes_per_step == 'all', sum(r.get('weight', 1.0) for r in c.routes)
     for number in range(c.batch_size):
         group = number // c.group_size
         if group // updates % world.size != world.rank:
@@ -589,8 +574,7 @@ def teacher_states(batch, models, c):
 def data_states(batch, models, c):
     """Off-policy: the data's own pictures, with noise added."""
     sigmas = models.sigmas(batch, c.steps)
-    x0 = torch.stack([load_image(s.row['target_image'], *s.size) for s in batch])
-    x0 = models.field.encode_image(x0)
+    x0 = models.field.encode_image(load_images(batch, 'target_image'))
     eps = partial(torch.randn, x0[0].shape)
     return [(s, sigmas[i], (1 - sigmas[i]) * x + sigmas[i] * eps(generator=s.draws).to(x.device))
             for s, x in zip(batch, x0) for i in s.queries]
@@ -616,8 +600,8 @@ def trajectory(batch, models, c):
     t = SimpleNamespace(batch=batch, sigmas=sigmas, v=[], z=[first_states(batch, models, c.steps)])
     for sigma, sigma_next in zip(sigmas, sigmas[1:c.steps - c.drop_last + 1]):
         z = t.z[-1]
-        sigmas_here = sigma.expand(len(z))
-        t.v.append(models.velocity('student', batch, z, sigmas_here, c.rollout_guidance))
+        sigma_each = sigma.expand(len(z))
+        t.v.append(models.velocity('student', batch, z, sigma_each, c.rollout_guidance))
         t.z.append(advance(batch, z, t.v[-1], sigma, sigma_next, c.eta, c.sde))
     t.z, t.v = torch.stack(t.z), torch.stack(t.v)
     t.logp = torch.stack([log_prob(*action(t, i, c, v)) for i, v in enumerate(t.v)])
@@ -625,7 +609,7 @@ def trajectory(batch, models, c):
 
 
 def trajectories(samples, models, c):
-    """[[trajectory of a micro-batch, ...] of each update]; all are drawn before the first update."""
+    """[[trajectory of a micro-batch, ...] of each update]; all drawn before the first update."""
     dealt = [[s for s in samples if s.update == u] for u in range(c.updates)]
     return [[trajectory(batch, models, c) for batch in micro_batches(some, models, c)]
             for some in dealt]
@@ -703,15 +687,6 @@ def diffusionopd(samples, models, c):
                             v = models.velocity('student', batch, z, sigma, c.rollout_guidance)
                     z = advance(batch, z, v.detach(), sigmas[i], sigma_next, c.eta, c.sde)
     yield terms()
-
-
-def group_advantage(rewards, group, std=None):
-    """(r - mean) / std within each group of `group` in a row, or with one std for all of a batch.
-    Groups without spread, by float32's measure, get zeros."""
-    r = rewards.view(-1, group)
-    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= 1e-6 * r.abs().amax(1, keepdim=True)
-    std = r.std(1, keepdim=True) if std is None else std
-    return ((r - r.mean(1, keepdim=True)) / std).masked_fill(flat, 0).view(-1)
 
 
 def ppo_loss(logp, logp_old, advantage, clip_range):
@@ -808,8 +783,7 @@ def mean_gap(route, rows, models, c, world):
     samples, found = [], []
     for i, row in enumerate(rows):
         g, query = torch_rng(c.seed, 'gap', route['data'], i), i * c.steps // len(rows)
-        size = route['size']
-        samples.append(Sample(row, size, g, g, teacher=route['teacher'], queries=[query]))
+        samples.append(Sample(row, route['size'], g, g, teacher=route['teacher'], queries=[query]))
     for batch, z, sigma in visits(samples[world.rank::world.size], models, c):
         v = models.velocity('student', batch, z, sigma, c.student_guidance)
         found += relative_gap(v, models.target(batch, z, sigma)).tolist()
@@ -819,8 +793,7 @@ def mean_gap(route, rows, models, c, world):
 
 @torch.no_grad()
 def render(who, route, rows, models, c, world, own=False):
-    """Pictures of rows, from `sample_steps` Euler steps: with the student's guidance, or a teacher's
-    own."""
+    """Pictures of rows: with the student's guidance, or a teacher's own."""
     w = models.teachers[who].get('guidance', 1.0) if own else c.rollout_guidance
     samples = [Sample(row, route['size'], torch_rng(c.seed, 'eval', route['data'], i), number=i)
                for i, row in enumerate(rows)]
@@ -833,21 +806,19 @@ def render(who, route, rows, models, c, world, own=False):
 
 def evaluate(step, held, models, c, folder):
     """The gap by route, and the picture: source, teacher, the student at its start, and now."""
-    student, world, lines, entry = models.student, folder.world, [], dict(step=step)
+    student, lines, entry = models.student, [], dict(step=step)
+    draw = partial(render, models=models, c=c, world=folder.world)
     for route in c.routes:
         label, rows = route['data'], held[route['data']][:c.show]
         if label not in folder.stills:                         # what does not change: once a run
-            sources = [r['source_image'] for r in rows]
-            sources = [load_image(x, *route['size']) / 2 + 0.5 if x else None for x in sources]
-            teacher = render(route['teacher'], route, rows, models, c, world, own=True)
             with student.wearing(student.start):
-                start = render('student', route, rows, models, c, world)
-            folder.stills[label] = sources, teacher, start
+                folder.stills[label] = (
+                    shown(rows, 'source_image', route['size']),
+                    draw(route['teacher'], route, rows, own=True), draw('student', route, rows))
         with student.wearing(student.ema):
-            now = render('student', route, rows, models, c, world)
-            gap = mean_gap(route, held[label][:c.eval_samples], models, c, world)
+            now, rest = draw('student', route, rows), held[label][:c.eval_samples]
+            entry[f'gap/{label}'] = mean_gap(route, rest, models, c, folder.world)
         lines += zip((f'{label}: {r["prompt"]}' for r in rows), *folder.stills[label], now)
-        entry[f'gap/{label}'] = gap
     folder.draw(step, lines, ['source', 'teacher', 'student at start', 'student now'])
     folder.add(entry)
 
@@ -857,13 +828,6 @@ def evaluate(step, held, models, c, folder):
 
 CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, reward=REWARDS,
                mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'), **checks.CHOICES)
-
-
-def learning_rate(step, c):
-    """Warm-up, then constant or cosine. From the settings alone: a resume follows new ones."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / c.max_steps))
-    decay = max(cosine if c.lr_schedule == 'cosine' else 1.0, 0.02)
-    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * decay
 
 
 def main(argv):

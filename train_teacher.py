@@ -26,13 +26,14 @@ import train_opd
 from configurator import collect, need
 from support import checks, rewards
 from support.checks import is_number
-from support.files import judged, load_image
-from support.judges import Judges
+from support.files import judged, load_images, shown
+from support.judges import Judges, group_advantage
+from support.models import learning_rate
 from support.processes import gather, launch
 from support.run import Folder
-from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, group_advantage,
-                       kl_weight, learning_rate, log_prob, micro_batches, plan, ppo_loss, render,
-                       rng, torch_rng, trajectories, trajectory, velocity_error)
+from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, kl_weight, log_prob,
+                       micro_batches, plan, ppo_loss, render, rng, torch_rng, trajectories, trajectory,
+                       velocity_error)
 
 # --------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
@@ -203,9 +204,8 @@ def flow_matching(samples, models, c):
                 s.cond = s.empty
         sigma = torch.stack([draw_sigma(schedule, rng(c.seed, s.step, s.number, 'sigma'), c.sigmas)
                              for s in batch])
-        x0 = torch.stack([load_image(s.row['target_image'], *s.size) for s in batch])
         with torch.no_grad():
-            x0 = models.field.encode_image(x0)
+            x0 = models.field.encode_image(load_images(batch, 'target_image'))
         eps = [torch.randn(x.shape, generator=s.noise) for s, x in zip(batch, x0)]
         eps = torch.stack(eps).to(x0.device)
         z = (1 - col(sigma)) * x0 + col(sigma) * eps
@@ -364,11 +364,10 @@ def evaluate(step, held, models, c, folder):
     student, world, judges, lines, found = models.student, folder.world, models.judges, [], {}
     for route in c.routes:
         label, rows = route['data'], held[route['data']][:c.eval_samples]
-        shown = rows[:c.show]
+        few = rows[:c.show]
         if label not in folder.stills:                         # what does not change: once a run
-            pictures = [[load_image(r[k], *route['size']) / 2 + 0.5 if r[k] else None for r in shown]
-                        for k in ('source_image', 'target_image')]
-            folder.stills[label] = *pictures, render('base', route, shown, models, c, world)
+            pairs = [shown(few, k, route['size']) for k in ('source_image', 'target_image')]
+            folder.stills[label] = *pairs, render('base', route, few, models, c, world)
         with student.wearing(student.ema):
             now = render('student', route, rows, models, c, world)
             if c.method == 'sft' and all(r['target_image'] for r in rows):
@@ -378,7 +377,7 @@ def evaluate(step, held, models, c, folder):
             found[f'{name}/{label}'] = judged(checked, now, rows, c.micro_batch, world)
         if c.score:
             found[f'score/{label}'] = judged(c.score, now, rows, c.micro_batch, world)
-        lines += zip((f'{label}: {r["prompt"]}' for r in shown), *folder.stills[label], now)
+        lines += zip((f'{label}: {r["prompt"]}' for r in few), *folder.stills[label], now)
     folder.draw(step, lines, ['source', 'target', 'base', 'now'])
     folder.say(f'step {step:6d}  ' + '  '.join(f'{k} {v:.4g}' for k, v in found.items()))
     folder.add(dict(step=step, **{f'eval/{k}': v for k, v in found.items()}))

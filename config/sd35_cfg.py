@@ -18,7 +18,7 @@ alpha = 128.0
 steps = 16
 rollout_guidance = student_guidance = 1.0
 method = 'danceopd'
-query = 'low'
+query = 'low_noise'
 betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 2e-4
 lr_schedule = 'constant'

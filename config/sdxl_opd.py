@@ -21,7 +21,7 @@ alpha = 32.0
 steps = 20
 rollout_guidance = student_guidance = 5.0
 method = 'danceopd'
-query = 'low'
+query = 'low_noise'
 betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
 lr = 1e-4
 max_steps = 2000

@@ -177,6 +177,21 @@ def load_image(path, height, width):
     return x.permute(2, 0, 1) / 127.5 - 1
 
 
+def to_picture(x):
+    """(3, h, w) in [0, 1] -> PIL."""
+    return Image.fromarray((x.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def load_images(batch, key):
+    """A batch's pictures, in its size."""
+    return torch.stack([load_image(s.row[key], *s.size) for s in batch])
+
+
+def shown(rows, key, size):
+    """Pictures of rows to be looked at, in [0, 1]; None for none."""
+    return [load_image(r[key], *size) / 2 + 0.5 if r[key] else None for r in rows]
+
+
 def grid(rows, path, captions=None, heads=None, scale=None):
     """Rows of pictures (tensors in [0, 1] or None) as one PNG; captions below rows, heads above columns. A
     column without any picture is left out, but for one whose head is '': a gap."""
@@ -194,8 +209,7 @@ def grid(rows, path, captions=None, heads=None, scale=None):
         y = top + i * (H + foot + 6) + 4
         for j, x in enumerate(r):
             if x is not None:
-                a = (x.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-                out.paste(Image.fromarray(a).resize((W, H), Image.NEAREST), (4 + j * (W + 4), y))
+                out.paste(to_picture(x).resize((W, H), Image.NEAREST), (4 + j * (W + 4), y))
         if captions:
             text = captions[i]
             while len(text) > 8 and pen.textlength(text) > wide - 12:
@@ -269,9 +283,8 @@ def draw_pairs(buckets, folder):
         if bucket.sources:
             rows = [*itertools.islice(bucket, 8)]
             size = Image.open(rows[0]['source_image']).size[::-1]
-            pairs = [[load_image(r[k], *size) / 2 + 0.5 if r[k] else None
-                      for k in ('source_image', 'target_image')] for r in rows]
-            grid(pairs, folder / f'data_{name}.png', [r['prompt'] for r in rows], ['source', 'target'])
+            pairs = [shown(rows, k, size) for k in ('source_image', 'target_image')]
+            grid([*zip(*pairs)], folder / f'data_{name}.png', [r['prompt'] for r in rows], ['source', 'target'])
 
 
 def curve(history, path, keys):

@@ -1,5 +1,6 @@
 """
-The rewards of a run as train_teacher.py asks them, and what SDPO remembers of them.
+What an action was worth: advantages within groups, the rewards of a run as train_teacher.py asks them,
+and what SDPO remembers of them.
 """
 import itertools
 from collections import deque
@@ -9,6 +10,15 @@ from functools import partial
 import torch
 
 from support import rewards
+
+
+def group_advantage(rewards, group, std=None):
+    """(r - mean) / std within each group of `group` in a row, or with one std for all of a batch.
+    Groups without spread, by float32's measure, get zeros."""
+    r = rewards.view(-1, group)
+    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= 1e-6 * r.abs().amax(1, keepdim=True)
+    std = r.std(1, keepdim=True) if std is None else std
+    return ((r - r.mean(1, keepdim=True)) / std).masked_fill(flat, 0).view(-1)
 
 
 def buffered(x, past, batch):

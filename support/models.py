@@ -51,7 +51,11 @@ def open_field(families, c, device='cpu'):
         check_whole(part, f'model {c.model}')
     if getattr(c, 'base_storage', ''):
         store_small(net)
-    return kind(pipe, device, c.max_sequence_length, c.distilled_guidance)
+    field = kind(pipe, device, c.max_sequence_length, c.distilled_guidance)
+    for name, m in pipe.components.items():                    # network and encoders come in their turn
+        if isinstance(m, torch.nn.Module) and m is not net and not name.startswith('text_encoder'):
+            m.to(device)
+    return field
 
 
 def open_pipeline(path, pipeline, dtype='float32', device='cpu'):
@@ -113,7 +117,7 @@ class Prompts:
                 return
         self.add(keys)
         if self.bytes <= self.most:
-            self.field.drop_encoders()
+            self.network.drop_encoders()
 
     def expect(self, rows):
         """Rows to come, in their order: a generator may go on for ever."""
@@ -220,13 +224,28 @@ class Network:
         models.student = open_student(models, c, checkpoint)
         return models
 
+    def sigmas(self, batch, n):
+        """A batch's schedule of n steps, the family's own for its size, on the device."""
+        size = tuple(batch[0].size)
+        if (n, size) not in self.schedules:
+            self.schedules[n, size] = self.field.sigmas(n, *size).to(self.field.device)
+        return self.schedules[n, size]
+
+    def encoders(self):
+        parts = self.field.pipe.components.items()
+        return [m for k, m in parts if k.startswith('text_encoder') and m is not None]
+
+    def drop_encoders(self):
+        for k in [k for k in self.field.pipe.components if k.startswith('text_encoder')]:
+            setattr(self.field.pipe, k, None)
+
     def nets(self):
         return [self.field.net, *(f.net for f in self.full.values() if not self.offload)]
 
     @contextmanager
     def away(self):
         """The text encoders are on the device, and no network is; then the other way round."""
-        device, encoders = self.field.device, self.field.encoders()
+        device, encoders = self.field.device, self.encoders()
         for m in self.nets():
             m.to('cpu')
         for m in encoders:
@@ -303,6 +322,13 @@ class Network:
 
 
 # -------------------- the student
+def learning_rate(step, c):
+    """Warm-up, then constant or cosine. From the settings alone: a resume follows new ones."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / c.max_steps))
+    decay = max(cosine if c.lr_schedule == 'cosine' else 1.0, 0.02)
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * decay
+
+
 class Student:
     """The one adapter that learns, in float32, with its optimizer and its average."""
 
