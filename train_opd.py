@@ -16,7 +16,7 @@ rollouts, METHODS, evaluation, and the loop, in main.
 One convention: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 Left out on purpose: full fine-tuning, float16, sharded models, samplers other than Euler's steps.
 """
-import copy, math, random, signal, sys
+import copy, math, random, sys
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -453,23 +453,25 @@ def routes_of(step, c):
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
     """This process's samples of a step, as many of each of the updates they are dealt among."""
-    samples, who, updates = [], routes_of(step, c), updates or c.updates
-    every, total = c.routes_per_step == 'all', sum(r.get('weight', 1.0) for r in c.routes)
+    who, every, updates = routes_of(step, c), c.routes_per_step == 'all', updates or c.updates
+    nth = [who[:g].count(route) for g, route in enumerate(who)]        # group of its route
+    dealt = [(nth[g] if every else g) % updates for g in range(len(who))]
+    samples, total = [], sum(r.get('weight', 1.0) for r in c.routes)
     for number in range(c.batch_size):
         group = number // c.group_size
-        if group // updates % world.size != world.rank:
+        if dealt[:group].count(dealt[group]) % world.size != world.rank:
             continue
-        route, earlier = c.routes[who[group]], who[:group].count(who[group])
-        bucket, of = buckets[route['data']], who.count(who[group]) * c.group_size
+        route, of = c.routes[who[group]], who.count(who[group]) * c.group_size
+        bucket = buckets[route['data']]
         share = route.get('weight', 1.0) / total / of if every else 1 / c.batch_size
         samples.append(Sample(
             row=bucket[rng(c.seed, step, group, 'row').randrange(len(bucket))],
             size=route['size'],
             noise=torch_rng(c.seed, step, group if same_noise else number, 'noise', same_noise),
             draws=torch_rng(c.seed, step, number, 'draws'),
-            step=step, number=number, group=group, update=(earlier if every else group) % updates,
-            label=route['data'], teacher=route.get('teacher', ''), share=share, of=of,
-            slot=earlier * c.group_size + number % c.group_size))
+            step=step, number=number, group=group, update=dealt[group], label=route['data'],
+            teacher=route.get('teacher', ''), share=share, of=of,
+            slot=nth[group] * c.group_size + number % c.group_size))
     return samples
 
 
