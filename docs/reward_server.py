@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def score(prompt, png, row):
-    """One number for one picture, more is better: here the kilobytes of its PNG, or minus those if the
-    prompt asks for something plain. PIL.Image.open(io.BytesIO(png)) is the picture."""
+    """One number for one picture, more is better: here the kilobytes of its PNG, or minus those if
+    the prompt asks for something plain. PIL.Image.open(io.BytesIO(png)) is the picture."""
     kilobytes = len(png) / 1000
     return -kilobytes if 'plain' in prompt.lower() else kilobytes
 
