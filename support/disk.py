@@ -15,8 +15,12 @@ def writing(path):
     """What the disk refuses while `path` is written, as a sentence: it is full, it may not be."""
     try:
         yield
-    except (OSError, SafetensorError) as e:
-        raise BadInput(f'{path} cannot be written: {getattr(e, "strerror", None) or e}') from e
+    except (OSError, SafetensorError, RuntimeError) as e:
+        torch_save = 'inline_container' in str(e)  # it hides what the disk said
+        if isinstance(e, RuntimeError) and not torch_save:
+            raise
+        why = 'is the disk full?' if torch_save else getattr(e, 'strerror', None) or e
+        raise BadInput(f'{path} cannot be written: {why}') from e
 
 
 def replace(path, write):

@@ -389,7 +389,6 @@ def _module(path):
     try:
         spec.loader.exec_module(loaded)
     except (Exception, SystemExit) as e:
-        del sys.modules[spec.name]
         raise BadInput(f'{path} cannot be loaded: {explained(e, str(path))}') from e
     finally:
         if str(path.parent) in sys.path:

@@ -210,7 +210,7 @@ def answers(*texts):
             if text is None:
                 return time.sleep(3)
             moved = text.startswith('/')
-            self.send_response(503 if text == 'busy' else 307 if moved else 200)
+            self.send_response(503 if text == 'busy' else 302 if moved else 200)
             self.send_header('Location', text) if moved else None
             self.end_headers()
             try:
@@ -274,7 +274,7 @@ def test_a_server_is_tried_three_times(serve):
     ('{"rewards": {"1": 1}}', 'answered'), ('{"rewards": [true]}', 'answered'),
     ('{"rewards": ["1"]}', 'answered'), ('{"rewards": [NaN]}', 'it gave nan'),
     ('{"rewards": [1e39]}', 'it gave 1e+39'), ('{"rewards": [1' + 400 * '0' + ']}', 'too large'),
-    (9999 * '[', 'answered'), ('', "answered ''"), ('/elsewhere', '307'), ('/there', 'to /there'),
+    (9999 * '[', 'answered'), ('', "answered ''"), ('/elsewhere', '302'), ('/there', 'to /there'),
     ('{"rewards": [1' + 1100000 * ' ' + ']}', 'more than 1048576 bytes')])
 def test_nonsense_from_a_server(serve, answer, words):
     handler = answers(answer)
@@ -371,7 +371,7 @@ def test_checked_takes_tensors_and_dicts(tmp_path):
 
 
 BAD = """
-import sys
+import json, sys
 
 def divide(images, rows):
     print('noise')
@@ -387,7 +387,7 @@ def many_lines(images, rows):
     raise ValueError('one\\ntwo' + 9999 * 'x')
 
 def far(images, rows):
-    return [int('no number') + __import__('json').loads('{') for row in rows]
+    return [json.loads('{') for row in rows]
 """
 
 
@@ -395,7 +395,7 @@ def far(images, rows):
     ('divide', r'ZeroDivisionError: division by zero \({}, line 9\)'),
     ('leave', r'SystemExit: enough \({}, line 12\)'),
     ('many_lines', r'ValueError: one twox{{100,300}}… \({}, line 15\)'),
-    ('far', r'\({}, line 18\)')])
+    ('far', r'JSONDecodeError: .*\({}, line 18\)')])
 def test_what_their_code_raises_is_one_line_with_their_line(name, words, tmp_path):
     file = tmp_path / 'bad.py'
     file.write_text(BAD)
