@@ -191,7 +191,7 @@ def check_row(name, row, need_target):
             if row[k]:
                 sizes.append(picture_size(row[k]))
         except BadInput as e:
-            errors.append(f'{name}: {k}: {e}')
+            errors.append(f'{name}: {k} {str(e).removeprefix("picture ")}')
     if len(sizes) == 2:
         (a, b), (c, d) = sizes
         if abs(math.log(a * d / (b * c))) > 0.05:

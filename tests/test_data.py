@@ -252,7 +252,7 @@ def test_a_picture_that_is_cut_off_is_found_before_the_run(tmp_path):
     path = write(tmp_path / 'a.csv', 'prompt,source_image\nmake it red,a.png\n')
     files.open_buckets([path], [])
     (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:-2000])
-    with pytest.raises(BadInput, match='source_image: picture .*a.png does not open'):
+    with pytest.raises(BadInput, match='a: source_image .*a.png does not open'):
         files.open_buckets([path], [])
 
 
