@@ -468,5 +468,5 @@ def judged(score, images, rows, few, world):
         error = e
     answers = gather(world, [(said, error and str(error))])
     if failed := [why for _, why in answers if why]:
-        raise RewardError(failed[0]) from error
+        raise RewardError(f'score {failed[0]}' if named else failed[0]) from error
     return score_mean([v for some, _ in answers for v in some])

@@ -403,7 +403,7 @@ def test_what_their_code_raises_is_one_line_with_their_line(name, words, tmp_pat
     with pytest.raises(RewardError, match=words) as e:
         checked(f'{file}:{name}', load(f'{file}:{name}'), x, rows(2), tmp_path)
     assert '\n' not in str(e.value) and len(str(e.value)) < 900
-    with pytest.raises(RewardError, match=words):           # a score is asked by the same check
+    with pytest.raises(RewardError, match=f'^score {file}:{name}: {words}'):    # by the same check
         files.judged(f'{file}:{name}', x, rows(2), 1, SimpleNamespace(rank=0, size=1))
     assert isinstance(e.value, BadInput)              # which ends a script without a traceback
 
