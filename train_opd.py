@@ -847,7 +847,8 @@ def main(argv):
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in plan(step, c, data.buckets, world))
     student = models.student
-    folder.begin(models, data)
+    draw = partial(render, models=models, c=c, world=world)
+    folder.begin(models, data, held, draw)
     if folder.first % c.eval_every == 0 and not folder.evaluated():
         evaluate(folder.first, held, models, c, folder)
 
@@ -880,7 +881,7 @@ def main(argv):
             return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:
             evaluate(done, held, models, c, folder)
-    folder.conclude(held, models, partial(render, models=models, c=c, world=world))
+    folder.conclude(held, models, draw)
 
 
 if __name__ == '__main__':

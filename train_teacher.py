@@ -413,7 +413,7 @@ def main(argv):
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in plan(step, c, data.buckets, world, alike, dealt))
     models.judges, student = Judges(c, folder), models.student
-    folder.begin(models, data)
+    folder.begin(models, data, held)
     if folder.first % c.eval_every == 0 and not folder.evaluated():
         evaluate(folder.first, held, models, c, folder)
 
