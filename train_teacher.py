@@ -445,7 +445,7 @@ def main(argv):
             evaluate(done, held, models, c, folder)
     found = [e for e in folder.history if 'lr' not in e]       # without targets or a score, empty
     folder.end({k[5:]: dict(before=found[0].get(k, x), after=x) for k, x in found[-1].items()
-                if k != 'step'}, ['loss', 'reward'], 'evaluation')
+                if k != 'step'}, 'evaluation')
 
 
 if __name__ == '__main__':

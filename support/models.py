@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
-from support.files import load_function
+from support.files import load_function, one_line
 
 
 # -------------------- families
@@ -72,11 +72,35 @@ def open_pipeline(path, pipeline, dtype='float32', device='cpu'):
     # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
     kinds = dtype if 'Omni' in pipeline else {'default': dtype, 'vae': torch.float32}
     try:
-        return getattr(diffusers, pipeline).from_pretrained(path, dtype=kinds, **dict.fromkeys(unused))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
-        raise BadInput(f'model {path} does not load as a {pipeline}: {str(e).strip()[:400] or type(e).__name__}. '
-                       'Fetch it again with `hf download`; a gated one needs its licence accepted and '
+        encoders = {k: open_encoder(getattr(transformers, v[1]), path, k, dtype) for k, v in index.items()
+                    if k.startswith('text_encoder') and isinstance(v, list) and v[0] == 'transformers'}
+        pipe = getattr(diffusers, pipeline).from_pretrained(
+            path, dtype=kinds, use_safetensors=True, **encoders, **dict.fromkeys(unused))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as e:
+        raise BadInput(f'model {path} does not load as a {pipeline}: {one_line(e) or type(e).__name__}. Fetch '
+                       'it again with `hf download`; a gated one needs its licence accepted and '
                        '`hf auth login`') from e
+    for name, part in pipe.components.items():
+        if name.startswith('tokenizer') and part is not None:
+            check_tokenizer(part, f'{path}/{name}')
+    return pipe
+
+
+def open_encoder(kind, path, name, dtype):
+    """A text encoder. transformers would fill what its file lacks with random numbers."""
+    net, info = kind.from_pretrained(path, subfolder=name, dtype=dtype, use_safetensors=True,
+                                     output_loading_info=True, ignore_mismatched_sizes=True)
+    for what, found in (('lack', info['missing_keys']), ('have other shapes for', info['mismatched_keys'])):
+        need(not found, f'model {path}: the weights of its {name} {what} {len(found)} of the tensors that its '
+             f'config asks for, as {sorted(map(str, found))[:1]}; fetch it again')
+    return net
+
+
+def check_tokenizer(tokenizer, what):
+    """Without its files, a tokenizer has an empty vocabulary, and all words are the same."""
+    tokenizer = getattr(tokenizer, 'tokenizer', tokenizer)         # of a processor
+    words = set(tokenizer('a picture').input_ids) - set(tokenizer.all_special_ids)
+    need(words, f'{what} knows no words: its vocabulary is missing; fetch it again')
 
 
 def check_whole(net, what):
@@ -284,7 +308,7 @@ class Network:
         alone = (Path(path) / 'config.json').exists()          # the network, or a whole pipeline
         try:
             net = type(own).from_pretrained(path, subfolder=None if alone else self.field.prefix,
-                                            dtype=self.field.dtype)
+                                            dtype=self.field.dtype, use_safetensors=True)
         except Exception as e:
             raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
                            f'diffusers folder or hub id of the same family. It said: {str(e)[:300]}') from e
@@ -347,8 +371,9 @@ class Student:
         add_adapter(net, 'student', r=c.rank, lora_alpha=c.alpha, target_modules=self.names,
                     init_lora_weights='gaussian')
         self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
-        for p in self.params.values():
-            p.data = p.data.float()                            # PEFT made them in the base's dtype
+        for n, p in self.params.items():                       # PEFT made them in the base's dtype
+            coarse = p.dtype.itemsize == 1 and '.lora_A.' in n
+            p.data = torch.randn(p.shape, device=p.device) / c.rank if coarse else p.data.float()
         self.begin(net, start or {}, c.rank)
         self.start, self.ema = self.tensors(), self.tensors() if c.ema_decay else None
         self.updates = self.skipped = self.idle = 0            # updates made, not finite, without gradient

@@ -154,6 +154,11 @@ class Folder:
         if self.world.rank == 0:
             captions, *columns = zip(*lines)
             grid([*zip(*columns)], self.out / 'samples' / f'step_{step:06d}.png', captions, heads)
+            self.curves()
+
+    def curves(self):
+        gaps = sorted({k for e in self.history for k in e if k.startswith('gap/')})
+        curve(self.history, self.out / 'loss.png', ['loss', 'reward', *gaps])
 
     def conclude(self, held, models, render):
         """result.json: by route, the gap before and after, and what the score says of everyone. A score
@@ -167,7 +172,7 @@ class Folder:
                 result[route['data']] |= self.scores(route, held, models.student, render)
         except RewardError as e:                               # in all processes alike
             failed = str(e)
-        self.end(result, ['loss', *(f'gap/{k}' for k in result)])
+        self.end(result)
         if failed:
             raise RewardError(f'{failed}. The gaps are in {self.out}/result.json; score later with: python '
                               f'sample.py --ckpt {self.out} --score={c.score}')
@@ -182,12 +187,12 @@ class Folder:
             found[name] = judged(self.c.score, pictures, rows, self.c.micro_batch, self.world)
         return found
 
-    def end(self, result, curves, name='route'):
+    def end(self, result, name='route'):
         """The result, as a file and for people, and the log's curves."""
         self.world.stop.over()
         if self.world.rank == 0:
             write_text(self.out / 'result.json', json.dumps(result, indent=1))
-            curve(self.history, self.out / 'loss.png', curves)
+            self.curves()
             table(result, name)
             if self.student.skipped:
                 print(f'{self.student.skipped} updates were skipped: their gradients were not finite')
