@@ -61,7 +61,7 @@ def ours(name, cond, empty, eps, n, w, sigmas=None, warp=lambda v, z, s, a: v(z,
     def velocity(z, s, batch):
         return guided(field, z, s, [b.cond for b in batch], [b.empty for b in batch], w)
     batch = [SimpleNamespace(cond=c, empty=e) for c, e in zip(cond, empty)]
-    z = field.start(eps, n, *size)
+    z = field.first_state(eps, n, *size)
     return T.denoise(lambda batch, z, s: warp(velocity, z, s, batch), batch, z, S) * scale
 
 
@@ -364,7 +364,7 @@ def test_a_saved_student_loads_in_diffusers_and_peft(name, tmp_path):
 def test_adapters_of_every_packaging_load_exactly(name, tmp_path):
     field = build(name)
     at = probe(field)
-    targets = field.targets + ['conv1', 'proj_in'] * (name in UNETS)    # convolutions as well
+    targets = [*field.targets, *['conv1', 'proj_in'] * (name in UNETS)]    # convolutions as well
     adapter, rank, alpha = random_adapter(field.net, targets, 3), 4, 8.0
     whole = tmp_path / 'whole'
     merge_lora.write_adapter(whole, adapter, alpha, field.prefix)
@@ -437,7 +437,7 @@ def test_sizes_that_a_family_does_not_take():
         field = shared(name)
         configs = dict(vae=dict(field.vae.config), transformer=dict(field.net.config))
         try:
-            checks.check_size(type(field.pipe).__name__, configs, height, width, editing, T.FAMILIES)
+            checks.check_size(type(field), type(field.pipe).__name__, configs, height, width, editing)
         except BadInput as e:
             return str(e)
     for name in BUILD:
@@ -551,4 +551,4 @@ def test_schedulers_with_sigmas_that_are_no_euler_become_ddim_too():
     again = T.find_family('StableDiffusionPipeline')(field.pipe, 'cpu', LENGTH)
     eps = torch.ones(1, 4, 8, 8)
     assert type(again.pipe.scheduler) is diffusers.DDIMScheduler
-    assert (again.start(eps, 20, 64, 64) > 0.9).all() and again.sigmas(20, 64, 64)[0] > 0.9
+    assert (again.first_state(eps, 20, 64, 64) > 0.9).all() and again.sigmas(20, 64, 64)[0] > 0.9
