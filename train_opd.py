@@ -387,7 +387,12 @@ class Flux(Field):
 FAMILIES = dict(StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage,
                 FluxPipeline=Flux, FluxKontextPipeline=Flux,
                 StableDiffusionPipeline='families/unet.py:UNet',
-                StableDiffusionXLPipeline='families/unet.py:UNet')
+                StableDiffusionXLPipeline='families/unet.py:UNet',
+                Flux2KleinPipeline='families/flux2.py:Flux2',
+                Flux2Pipeline='families/flux2.py:Flux2',
+                QwenImagePipeline='families/qwen.py:Qwen',
+                QwenImageEditPipeline='families/qwen_edit.py:QwenEdit',
+                QwenImageEditPlusPipeline='families/qwen_edit.py:QwenEdit')
 
 
 def find_family(pipeline, family=''):
