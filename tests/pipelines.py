@@ -77,7 +77,8 @@ def qwen3(kind, layers, width=16):
 def zimage(omni=False):
     net = diffusers.ZImageTransformer2DModel(
         in_channels=16, dim=16, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1,
-        cap_feat_dim=16, siglip_feat_dim=16 if omni else None, axes_dims=[8, 4, 4], axes_lens=[512, 32, 32])
+        cap_feat_dim=16, siglip_feat_dim=16 if omni else None, axes_dims=[8, 4, 4],
+        axes_lens=[512, 32, 32])
     for k, p in net.named_parameters():
         if k.endswith('pad_token'):                            # the library leaves them as they lie
             torch.nn.init.normal_(p)

@@ -5,9 +5,12 @@ from pipelines import *
 
 def random_adapter(net, targets, seed, rank=4, scale=2.0):
     g = torch.Generator().manual_seed(seed)
-    found = {k: m.weight for k, m in net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    found = {k: m.weight for k, m in net.named_modules()
+             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
              and any(k.endswith('.' + t) for t in targets)}
-    draw = lambda *shape: torch.randn(shape, generator=g) * 0.2
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g) * 0.2
     return {k: (draw(rank, *w.shape[1:]), draw(len(w), rank, *[1] * (w.dim() - 2)), scale)
             for k, w in found.items()}
 
@@ -15,10 +18,12 @@ def random_adapter(net, targets, seed, rank=4, scale=2.0):
 def probe(field, folder=None):
     """States and conditions to ask for velocities at."""
     given = sources(field, SIZES[0], folder, 2) if folder and field.can_edit else []
-    return noise(field, 2, SIZES[0]), torch.tensor([0.8, 0.3]), conditions(field, WORDS[:2], given)[0]
+    cond, _ = conditions(field, WORDS[:2], given)
+    return noise(field, 2, SIZES[0]), torch.tensor([0.8, 0.3]), cond
 
 
-LEARNER = SimpleNamespace(rank=3, alpha=6.0, seed=0, betas=(0.9, 0.99), weight_decay=0.0, ema_decay=0.0)
+LEARNER = SimpleNamespace(rank=3, alpha=6.0, seed=0, betas=(0.9, 0.99), weight_decay=0.0,
+                          ema_decay=0.0)
 
 
 def ask(models, who, z, s, cond):
@@ -26,7 +31,7 @@ def ask(models, who, z, s, cond):
 
 
 def household(name, tmp_path):
-    """A field with two teachers and a student on it: (field, models, student, probe, the base's velocity)."""
+    """Two teachers and a student on a field: (field, models, student, probe, the base's v)."""
     field = build(name)
     at = probe(field, tmp_path)
     with torch.no_grad():
@@ -34,7 +39,7 @@ def household(name, tmp_path):
     for i in range(2):
         adapter = random_adapter(field.net, field.targets, i)
         merge_lora.write_adapter(tmp_path / f't{i}', adapter, prefix=field.prefix)
-    models = T.Models(field, [dict(name=f't{i}', lora=str(tmp_path / f't{i}')) for i in range(2)])
+    models = T.Models(field, [dict(name=k, lora=str(tmp_path / k)) for k in ('t0', 't1')])
     student = M.Student(field.net, LEARNER, field.targets)
     models.refresh(), models.switch('student')
     torch.manual_seed(5)
@@ -65,7 +70,7 @@ def test_student_and_teachers_share_a_base(name, tmp_path):
 
     v, alone, _ = gradients([])
     idle = {n for n in student.params if n not in alone or not alone[n].any()}
-    assert all('.1.attn.add_q_proj.' in n for n in idle)       # SD3 drops the last block's text output
+    assert all('.1.attn.add_q_proj.' in n for n in idle)       # SD3 drops the last block's words
     _, among, again = gradients(['t0', 'base', 't1'])
     assert again == 0 and all(torch.equal(alone[n], among[n]) for n in alone)
     field.net.enable_gradient_checkpointing()
@@ -77,7 +82,7 @@ def test_student_and_teachers_share_a_base(name, tmp_path):
         assert torch.equal(ask(models, 'base', *at), bare)    # bit for bit
         teachers = [ask(models, f't{i}', *at) for i in range(2)]
         assert torch.equal(ask(models, 'student', *at), v)
-    for i, t in enumerate(teachers):                           # what adding the deltas to the weights gives
+    for i, t in enumerate(teachers):                           # as with deltas added to the weights
         other = build(name)
         for k, (A, B, scale) in random_adapter(other.net, other.targets, i).items():
             other.net.get_submodule(k).weight.data += scale * (B.flatten(1) @ A.flatten(1))
@@ -87,15 +92,25 @@ def test_student_and_teachers_share_a_base(name, tmp_path):
     assert off(*teachers) > 1e-2 and off(v, bare) > 1e-2
 
 
+def test_default_layers_are_those_that_count():
+    """FLUX.2's to_out is a layer in its single blocks alone; Qwen's last words are not used."""
+    names = {k: M.Student(build(k).net, LEARNER, shared(k).targets).names
+             for k in ('klein', 'qwen')}
+    attn = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0')]
+    alone = [f'single_transformer_blocks.0.attn.{k}' for k in ('to_out', 'to_qkv_mlp_proj')]
+    assert names['klein'] == sorted([f'transformer_blocks.0.{k}' for k in attn] + alone)
+    assert names['qwen'] == sorted(f'transformer_blocks.{i}.{k}' for i in range(2) for k in attn)
+
+
 def test_in_bfloat16_a_layer_of_the_student_reads_what_the_base_reads(tmp_path):
-    """PEFT would make a float32 copy of each input, which autocast rounds back: the same numbers."""
+    """PEFT would copy each input to float32, which autocast rounds back: the same numbers."""
     field, models, student, (z, s, cond), _ = household('sd3', tmp_path)
     field.net.to(torch.bfloat16), setattr(field, 'dtype', torch.bfloat16)
     for p in student.params.values():
         p.data = p.data.float()
     seen = []
-    field.net.get_submodule(student.names[0]).lora_A['student'].register_forward_hook(
-        lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+    watched = field.net.get_submodule(student.names[0]).lora_A['student']
+    watched.register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
     v = ask(models, 'student', z, s, cond)
     for layer in models.layers:
         layer.cast_input_dtype_enabled = True
@@ -120,11 +135,13 @@ def test_a_saved_student_loads_in_diffusers_and_peft(name, tmp_path):
                          lambda f: T.Models(f, [dict(name='x', lora=str(folder))])):
                 other = build(name)
                 load(other)
-                (there,) = {n.split('.')[-2] for n, _ in other.net.named_parameters() if '.lora_A.' in n}
+                there, = {n.split('.')[-2] for n, _ in other.net.named_parameters()
+                          if '.lora_A.' in n}
                 got = get_peft_model_state_dict(other.net, adapter_name=there)
                 tensors = student.tensors() if folder.name == 'saved' else student.ema
-                assert {n.replace('.student.', '.') for n in tensors} == set(got)
-                assert all(torch.equal(got[n.replace('.student.', '.')], x) for n, x in tensors.items())
+                tensors = {n.replace('.student.', '.'): x for n, x in tensors.items()}
+                assert set(tensors) == set(got)
+                assert all(torch.equal(got[n], x) for n, x in tensors.items())
                 assert off(other.velocity(*at), v) < 1e-5      # a sum's order depends on alignment
 
 
@@ -136,7 +153,7 @@ def test_adapters_of_every_packaging_load_exactly(name, tmp_path):
     adapter, rank, alpha = random_adapter(field.net, targets, 3), 4, 8.0
     whole = tmp_path / 'whole'
     merge_lora.write_adapter(whole, adapter, alpha, field.prefix)
-    paths = [tmp_path / k for k in ('peft', 'diffusers.safetensors', 'a.safetensors', 'b.safetensors')]
+    paths = [tmp_path / k for k in ('peft', *(f'{k}.safetensors' for k in ('diffusers', 'a', 'b')))]
     paths[0].mkdir()
     for f in ('adapter_model.safetensors', 'adapter_config.json'):
         shutil.copy(whole / f, paths[0])
@@ -144,9 +161,10 @@ def test_adapters_of_every_packaging_load_exactly(name, tmp_path):
     for path, name_of, a, b in (
             (paths[2], lambda k: f'diffusion_model.{k}', 'lora_A', 'lora_B'),
             (paths[3], lambda k: 'lora_unet_' + k.replace('.', '_'), 'lora_down', 'lora_up')):
-        parts = lambda A, B: ((f'{a}.weight', A), (f'{b}.weight', B), ('alpha', torch.tensor(alpha)))
-        safetensors.torch.save_file({f'{name_of(k)}.{part}': x for k, (A, B, _) in adapter.items()
-                                     for part, x in parts(A, B)}, path)
+        parts = {k: {f'{a}.weight': A, f'{b}.weight': B, 'alpha': torch.tensor(alpha)}
+                 for k, (A, B, _) in adapter.items()}
+        save_file({f'{name_of(k)}.{part}': x for k, own in parts.items()
+                   for part, x in own.items()}, path)
     models = T.Models(field, [dict(name=f't{i}', lora=str(p)) for i, p in enumerate(paths)])
     other = build(name)
     for k, (A, B, scale) in adapter.items():
