@@ -21,7 +21,8 @@ class Qwen(Field):
 
     @classmethod
     def unit(cls, configs):
-        return 2 ** (len(configs.get('vae', {}).get('dim_mult', '1244')) - 1) * cls.patch
+        vae = configs.get('vae', {})
+        return 2 ** (len(vae['dim_mult']) - 1 if vae else 3) * cls.patch
 
     @classmethod
     def largest(cls, configs, editing):
@@ -44,9 +45,8 @@ class Qwen(Field):
         return dict(text=e[0])                                 # (T, D): each prompt has its own T
 
     def norm(self):
-        c = self.vae.config
-        return (torch.tensor(x, device=self.device)[:, None, None]
-                for x in (c.latents_mean, c.latents_std))
+        c = torch.tensor([self.vae.config.latents_mean, self.vae.config.latents_std])
+        return c[:, :, None, None].to(self.device)
 
     def encode_image(self, x):
         mean, std = self.norm()
