@@ -25,9 +25,9 @@ import merge_lora
 from configurator import BadInput, collect, configure, need
 from support.checks import peek
 from support.files import grid, load_function, load_image, read_data, score_mean, to_picture
-from support.models import attach, check_size, last_weights, open_field
+from support.models import attach, check_size, last_weights
 from support.processes import launch
-from train_opd import FAMILIES, Models, Sample, denoise, micro_batches, torch_rng
+from train_opd import FAMILIES, Models, Sample, denoise, micro_batches, open_field, torch_rng
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. 0, None and '' take what the checkpoint's run had
@@ -145,7 +145,8 @@ def main(argv):
     c = configure(SETTINGS, argv)
     path, adapter, rows, sources = check(c)
     device = launch(c.device).device
-    field = open_field(FAMILIES, c, device)
+    field = open_field(c.model, c.dtype, device, c.family, c.max_sequence_length, c.distilled_guidance,
+                       c.base_storage)
     models, who = Models(field), 'student' if adapter else 'base'
     if adapter:
         adapter = models.fit(adapter, c.ckpt)

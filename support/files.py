@@ -6,8 +6,8 @@ Data is CSV or JSONL with `prompt`, `task`, `source_image`, `target_image`, or a
 prompt a line. Pictures' paths are relative to the file, and may point anywhere that the user can
 read.
 """
-import array, csv, difflib, functools, importlib.util, inspect, itertools, json, math, os, random
-import sys, traceback, warnings
+import array, csv, difflib, functools, importlib.util, inspect, itertools, json, math, os, sys
+import traceback, warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configurator import BadInput, need
 from support.disk import flaw, replace
-from support.processes import gather
+from support.processes import gather, rng
 
 FIELDS = 'prompt', 'task', 'source_image', 'target_image'
 ENDINGS = '.csv', '.jsonl', '.txt'
@@ -225,7 +225,7 @@ class Data:
 
     def drawn(self, seed, most):
         """Rows to evaluate on: always the same."""
-        return {k: random.Random(repr((seed, 'eval', k))).sample(b, min(len(b), most))
+        return {k: rng(seed, 'eval', k).sample(b, min(len(b), most))
                 for k, b in self.held.items()}
 
 

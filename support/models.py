@@ -42,29 +42,35 @@ def check_size(family, pipeline, configs, height, width, editing=False):
          f'table of positions, {most[0]} x {most[1]} pixels{" with a source" * editing}')
 
 
-def open_field(families, c, device='cpu'):
-    """A diffusers folder or hub id -> its field, with the weights loaded."""
-    pipe = open_pipeline(c.model, c.family if c.family in families else '', c.dtype, device)
-    kind = find_family(families, type(pipe).__name__, c.family)
+def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=256,
+               distilled_guidance=3.5, base_storage=''):
+    """A diffusers folder or hub id -> its field, with the weights loaded; the network is on the CPU."""
+    import diffusers
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path)
+    except (OSError, ValueError) as e:
+        raise BadInput(f'model {path} is not here and cannot be fetched: {one_line(e)}. A gated one needs its '
+                       'licence accepted and `hf auth login`') from e
+    kind = find_family(families, index.get('_class_name', ''), family)     # before any weights are loaded
+    pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
     for part in (net, pipe.vae):
-        check_whole(part, f'model {c.model}')
-    if getattr(c, 'base_storage', ''):
+        check_whole(part, f'model {path}')
+    if base_storage:
         store_small(net)
-    field = kind(pipe, device, c.max_sequence_length, c.distilled_guidance)
+    field = kind(pipe, device, max_sequence_length, distilled_guidance)
     for name, m in pipe.components.items():                    # network and encoders come in their turn
         if isinstance(m, torch.nn.Module) and m is not net and not name.startswith('text_encoder'):
             m.to(device)
     return field
 
 
-def open_pipeline(path, pipeline, dtype='float32', device='cpu'):
+def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
     """A diffusers folder or hub id -> its pipeline, by a name that is not '' if it is not its own."""
     import diffusers, transformers
     for x in (diffusers.utils.logging, transformers.utils.logging):
         x.set_verbosity_error()
         x.disable_progress_bar()
-    index = diffusers.DiffusionPipeline.load_config(path)
     pipeline = pipeline or index['_class_name']
     unused = [k for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index]
     low = 'bfloat16' if torch.device(device).type == 'cuda' else 'float32'
@@ -238,7 +244,8 @@ class Network:
     @classmethod
     def open(cls, families, c, device, data, held, teachers=(), checkpoint=None):
         """All of a run. The words that are known ahead are encoded before the network is on the device."""
-        field = open_field(families, c, device)
+        field = open_field(families, c.model, c.dtype, device, c.family, c.max_sequence_length,
+                           c.distilled_guidance, c.base_storage)
         for size in {tuple(r['size']) for r in c.routes}:      # of a hub id, known only now
             check_size(type(field), type(field.pipe).__name__, field.configs, *size,
                        any(b.sources for b in data.buckets.values()))

@@ -99,6 +99,10 @@ class Folder:
         for tell in self.trackers:
             tell(entry)
 
+    def bar(self):
+        c, quiet = self.c, None if self.world.rank == 0 else True      # None: where nobody looks
+        return tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=quiet)
+
     def evaluated(self):
         """Is the evaluation of the step that this run begins with in the log?"""
         return any(e['step'] == self.first and 'lr' not in e for e in self.history)

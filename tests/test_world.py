@@ -130,8 +130,7 @@ def test_held_out_scenes_and_pairs_never_occur_in_training():
 
 
 def test_the_shipped_models_do_what_they_are_for():
-    open_base, pictures = (from_file(f'data/shapes/prepare.py:{k}') for k in ('open_base', 'pictures'))
-    field = open_base('data/shapes/base')
+    field, pictures = T.open_field('data/shapes/base'), from_file('data/shapes/prepare.py:pictures')
     names = ['count', 'local_edit', 'global_edit']
     models = T.Models(field, [dict(name=n, lora=f'data/shapes/teachers/{n}') for n in names])
     right = {}

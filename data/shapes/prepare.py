@@ -13,7 +13,6 @@ parameters. The teachers are made by train_teacher.py, as anybody's would be.
 import csv, json, math, shutil, sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
@@ -29,7 +28,6 @@ import train_opd
 import train_teacher
 import world
 from support.files import grid, read_data
-from support.models import open_field
 from train_opd import Models, Sample, rng, torch_rng
 
 out = 'data/shapes'                 # where everything is written
@@ -319,12 +317,6 @@ def make_teachers(c):
 
 # ---------------------------------------------------------------------------------------------- measuring
 
-def open_base(path):
-    c = SimpleNamespace(model=path, family='', dtype='float32', max_sequence_length=256,
-                        distilled_guidance=3.5)
-    return open_field(train_opd.FAMILIES, c)
-
-
 def pictures(models, who, rows, seed, steps=16):
     """Pictures of rows by the base or a teacher: Euler steps, no guidance."""
     out, size = [], (world.SIZE, world.SIZE)
@@ -356,7 +348,7 @@ def variety(models, n=96):
 
 def measure(c):
     """The tables, and the contact sheet: what base and teachers can do, on scenes nobody trained on."""
-    field = open_base(f'{c.out}/base')
+    field = train_opd.open_field(f'{c.out}/base')
     names = [n for n in c.teachers if (Path(c.out) / 'teachers' / n).exists()]
     models = Models(field, [dict(name=n, lora=f'{c.out}/teachers/{n}') for n in names])
     buckets = {b: f'{c.out}/{b}_val.csv' for b in world.BUCKETS} | {'t2i_pairs': f'{c.out}/t2i_pairs.csv'}
