@@ -537,13 +537,11 @@ def first_states(batch, models, n):
 
 
 @torch.no_grad()
-def denoise(who, batch, models, n, w):
-    """The ODE all the way down, for pictures in [0, 1]."""
-    z, sigmas = first_states(batch, models, n), models.sigmas(batch, n)
+def denoise(velocity, batch, z, sigmas):
+    """The ODE all the way down, for pictures: clean latents."""
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        v = models.velocity(who, batch, z, sigma.expand(len(z)), w)
-        z = advance(batch, z, v, sigma, sigma_next)
-    return models.field.decode(z)
+        z = advance(batch, z, velocity(batch, z, sigma.expand(len(z))), sigma, sigma_next)
+    return z
 
 
 @torch.no_grad()
@@ -633,7 +631,7 @@ def action(t, i, c, v):
 
 Term = namedtuple('Term', 'batch loss numbers')    # samples; a loss, and numbers to log, of each
 Method = namedtuple('Method', 'updates settings')  # and those settings that not all methods read
-Reward = namedtuple('Reward', 'of_action group attached')  # normalised by group; keeps KL's gradient
+Reward = namedtuple('Reward', 'of_action group attached')  # by its group; with KL's own gradient
 
 
 def distil(batch, models, c, z, sigma, v, v_target, factor):
@@ -795,8 +793,9 @@ def render(who, route, rows, models, c, world, own=False):
                for i, row in enumerate(rows)]
     done = []
     for batch in micro_batches(samples[world.rank::world.size], models, c):
-        pictures = denoise(who, batch, models, c.sample_steps, w).cpu()
-        done += [(s.number, x.clone()) for s, x in zip(batch, pictures)]
+        z, sigmas = first_states(batch, models, c.sample_steps), models.sigmas(batch, c.sample_steps)
+        z = denoise(partial(models.velocity, who, w=w), batch, z, sigmas)
+        done += [(s.number, x.clone()) for s, x in zip(batch, models.field.decode(z).cpu())]
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
 
 

@@ -324,8 +324,7 @@ def ours(name, cond, empty, eps, n, w, sigmas=None, warp=forward):
 def guided(field, z, s, cond, empty, w):
     """By a model that is nothing but this field."""
     batch = [SimpleNamespace(cond=c, empty=e) for c, e in zip(cond, empty or [None] * len(cond))]
-    m = SimpleNamespace(full={}, field=field, switch=lambda who: None)
-    return T.Models.velocity(m, 'base', batch, z, s, w)
+    return T.Models(field).velocity('base', batch, z, s, w)
 
 
 def bar(name):

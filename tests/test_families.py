@@ -164,10 +164,11 @@ def test_cached_prompts_and_batches_change_nothing(name, tmp_path):
         given = sources(field, size, tmp_path, 3) if edit else []
         rows = [dict(prompt=p, source_image=str(tmp_path / f'{i}.png') * edit)
                 for i, p in enumerate(WORDS)]
-        prompts = M.Prompts(field)
-        prompts.add([dict(r, prompt=p) for r, p in zip(rows * 2, ['another prompt', *WORDS[::-1]])])
-        batch = [SimpleNamespace(row=r) for r in rows]
-        prompts.condition(batch, *size)
+        prompts = T.Models(field).prompts
+        others = [dict(r, prompt=p) for r, p in zip(rows * 2, ['another prompt', *WORDS[::-1]])]
+        prompts.add(map(prompts.key, others))
+        batch = [SimpleNamespace(row=r, size=size) for r in rows]
+        prompts.condition(batch)
         cached, cached_empty = [s.cond for s in batch], [s.empty for s in batch]
         with torch.no_grad():
             v = guided(field, z, s, cached, cached_empty, 2.0)
@@ -183,28 +184,30 @@ def test_cached_prompts_and_batches_change_nothing(name, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize('name', SHOWN)
 def test_words_that_see_the_source_are_cached_by_it(name, tmp_path):
-    field, prompts = shared(name), M.Prompts(shared(name))
+    field, prompts = shared(name), T.Models(shared(name)).prompts
     paths = [s['path'] for s in sources(field, SIZES[0], tmp_path, 2)]
-    batch = [SimpleNamespace(row=dict(prompt=WORDS[0], source_image=p)) for p in paths]
-    prompts.condition(batch, *SIZES[0])
+    batch = [SimpleNamespace(row=dict(prompt=WORDS[0], source_image=p), size=SIZES[0])
+             for p in paths]
+    prompts.condition(batch)
     assert set(prompts.known) == {(p, path) for p in (WORDS[0], '') for path in paths}
     for a, b in ((x.cond, x.empty) for x in batch):
         assert len(a['text']) - len(b['text']) == len(WORDS[0]) - 1     # one is ' '
     assert off(*[s.cond['text'] for s in batch]) > 1e-2
     assert off(*[s.empty['text'] for s in batch]) > 1e-2
     with pytest.raises(BadInput, match='give every row a source_image'):
-        prompts.condition([SimpleNamespace(row=dict(prompt=WORDS[0], source_image=''))], *SIZES[0])
+        row = dict(prompt=WORDS[0], source_image='')
+        prompts.condition([SimpleNamespace(row=row, size=SIZES[0])])
 
 
 @pytest.mark.parametrize('name', ['sd3', 'omni', 'klein', 'qwen', 'sdxl'])
 def test_words_are_brought_to_the_device_once(name):
     field = copy.copy(shared(name))
-    prompts = M.Prompts(field)
+    prompts = T.Models(field).prompts
     row = dict(prompt=WORDS[0], source_image='')
-    prompts.condition([SimpleNamespace(row=row)], *SIZES[0])
+    prompts.condition([SimpleNamespace(row=row, size=SIZES[0])])
     field.device = torch.device('meta')                        # anything that is not the CPU
-    batch = [SimpleNamespace(row=row) for _ in range(3)]
-    prompts.condition(batch, *SIZES[0])
+    batch = [SimpleNamespace(row=row, size=SIZES[0]) for _ in range(3)]
+    prompts.condition(batch)
     for some in ([s.cond for s in batch], [s.empty for s in batch]):
         found = [x for c in some for v in c.values() for x in (v if isinstance(v, list) else [v])]
         assert found and all(x.device.type == 'meta' for x in found)

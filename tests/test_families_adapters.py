@@ -23,7 +23,7 @@ def probe(field, folder=None):
 
 
 LEARNER = SimpleNamespace(rank=3, alpha=6.0, seed=0, betas=(0.9, 0.99), weight_decay=0.0,
-                          ema_decay=0.0)
+                          ema_decay=0.0, ema_every=1)
 
 
 def ask(models, who, z, s, cond):
@@ -129,7 +129,9 @@ def test_a_saved_student_loads_in_diffusers_and_peft(name, tmp_path):
         with student.wearing(student.ema):
             average = ask(models, 'student', *at)
         assert torch.equal(ask(models, 'student', *at), now) and off(now, average) > 1e-2
-        for folder, v in ((tmp_path / 'saved', now), (tmp_path / 'saved' / 'ema', average)):
+        student.ema, mean = None, student.ema                  # without an average: the student
+        student.save(tmp_path / 'itself', field.prefix)
+        for folder, v in ((tmp_path / 'itself', now), (tmp_path / 'saved', average)):
             for load in (lambda f: f.pipe.load_lora_weights(str(folder)),
                          lambda f: PeftModel.from_pretrained(f.net, str(folder)),
                          lambda f: T.Models(f, [dict(name='x', lora=str(folder))])):
@@ -138,7 +140,7 @@ def test_a_saved_student_loads_in_diffusers_and_peft(name, tmp_path):
                 there, = {n.split('.')[-2] for n, _ in other.net.named_parameters()
                           if '.lora_A.' in n}
                 got = get_peft_model_state_dict(other.net, adapter_name=there)
-                tensors = student.tensors() if folder.name == 'saved' else student.ema
+                tensors = student.tensors() if folder.name == 'itself' else mean
                 tensors = {n.replace('.student.', '.'): x for n, x in tensors.items()}
                 assert set(tensors) == set(got)
                 assert all(torch.equal(got[n], x) for n, x in tensors.items())

@@ -12,6 +12,7 @@ parameters. The teachers are made by train_teacher.py, as anybody's would be.
 """
 import csv, json, math, shutil, sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ import train_opd
 import train_teacher
 import world
 from support.files import grid, read_data
-from train_opd import Models, Sample, rng, torch_rng
+from train_opd import Models, Sample, first_states, rng, torch_rng
 
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
@@ -324,7 +325,8 @@ def pictures(models, who, rows, seed, steps=16):
         batch = [Sample(r, size, torch_rng('measure', seed, at + i))
                  for i, r in enumerate(rows[at:at + 128])]
         models.prompts.condition(batch)
-        out.append(train_opd.denoise(who, batch, models, steps, 1.0))
+        z, sigmas = first_states(batch, models, steps), models.sigmas(batch, steps)
+        out.append(models.field.decode(train_opd.denoise(partial(models.velocity, who), batch, z, sigmas)))
     return torch.cat(out)
 
 
