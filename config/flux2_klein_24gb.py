@@ -23,7 +23,7 @@ alpha = 64.0
 rollout_guidance = student_guidance = 1.0         # guidance is learned, forwards are half
 steps = 8
 method = 'danceopd'
-query = 'low'
+query = 'low_noise'
 lr = 2e-4
 max_steps = 500
 batch_size = 8

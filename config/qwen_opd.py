@@ -19,7 +19,7 @@ alpha = 64.0
 rollout_guidance = student_guidance = 1.0
 steps = 16                                        # from here to max_steps DanceOPD's
 method = 'danceopd'
-query = 'low'
+query = 'low_noise'
 betas = [0.9, 0.999]                              # torch's own; of betas papers say nothing
 lr = 2e-4
 lr_schedule = 'constant'

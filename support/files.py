@@ -25,6 +25,7 @@ ENDINGS = '.csv', '.jsonl', '.txt'
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP', 'GIF'      # none that starts another program, as EPS does
 MOST_PIXELS = 100_000_000
 REMAKE = '; make it with: python data/shapes/prepare.py'
+UNUSED = 'safety_checker', 'feature_extractor', 'image_encoder'     # of pipelines: never loaded
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # `opened` refuses them
 
 
@@ -379,7 +380,12 @@ def model_configs(path):
         configs[f.parent.name if f.name == 'config.json' else 'index'] = found
     need(is_hub_id(path) or 'index' in configs, f'{path} is no diffusers folder: it has no '
          'model_index.json' + REMAKE * ('shapes' in path))
-    name = configs.get('index', {}).get('_class_name', '')
+    index = configs.get('index', {})
+    gone = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and
+            k not in UNUSED and not (Path(path) / k).is_dir()]
+    need(not gone, f'{path}/model_index.json names a {" and a ".join(gone)}, but has no such folder; '
+         'fetch the model again')
+    name = index.get('_class_name', '')
     need('index' not in configs or name and isinstance(name, str), f'{path}/model_index.json is '
          'damaged: its _class_name should name a pipeline; fetch the model again')
     return configs

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
-from support.files import load_function, one_line
+from support.files import UNUSED, load_function, model_configs, one_line
 
 
 # -------------------- families
@@ -46,6 +46,7 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
                distilled_guidance=3.5, base_storage=''):
     """A diffusers folder or hub id -> its field, with the weights loaded; the network is on the CPU."""
     import diffusers
+    model_configs(path)                                        # of a folder: is it one, is it whole?
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
     except (OSError, ValueError) as e:
@@ -72,7 +73,7 @@ def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
         x.set_verbosity_error()
         x.disable_progress_bar()
     pipeline = pipeline or index['_class_name']
-    unused = [k for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index]
+    unused = [k for k in UNUSED if k in index]
     low = 'bfloat16' if torch.device(device).type == 'cuda' else 'float32'
     dtype = getattr(torch, low if dtype == 'auto' else dtype)
     # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
