@@ -353,7 +353,9 @@ def grid(rows, path, captions=None, heads=None, scale=None):
         y = top + i * (H + foot + 6) + 4
         for j, x in enumerate(r):
             if x is not None:
-                out.paste(to_picture(x).resize((W, H), Image.NEAREST), (4 + j * (W + 4), y))
+                fit = min(W / x.shape[-1], H / x.shape[-2])    # routes may have sizes of their own
+                size = round(fit * x.shape[-1]), round(fit * x.shape[-2])
+                out.paste(to_picture(x).resize(size, Image.NEAREST), (4 + j * (W + 4), y))
         if captions:
             pen.text((6, y + H + 2), fitted(pen, captions[i], wide - 12), fill=(60, 60, 60))
     save_png(out, path)

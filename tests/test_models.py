@@ -142,3 +142,34 @@ def test_a_run_on_a_base_in_8_bits_resumes_exactly_and_is_sampled_from(tmp_path)
     sample.main([f'--ckpt={tmp_path}/run', '--prompt=a red circle', '--num=1', '--steps=2',
                  '--base_storage=float8', '--dtype=bfloat16', f'--out_dir={tmp_path}/samples'])
     assert (tmp_path / 'samples' / '0000_0.png').exists()
+
+
+# -------------------- sizes
+def test_routes_of_different_sizes_learn_in_one_run(tmp_path):
+    routes = [dict(teacher='base', data='t2i', resolution=[24, 32]),
+              dict(teacher='count', data='count', resolution=16), dict(teacher='base', data='open')]
+    argv = [*FEW[:-3], f'--routes={routes}', "--data=['data/shapes/t2i.csv','data/shapes/count.csv',"
+            "'data/shapes/open.csv']", '--eval_data=[]', '--init_from=base', f'--out_dir={tmp_path}']
+    seen, velocity = set(), T.Models.velocity
+
+    def watched(self, who, batch, z, *a, **k):
+        seen.update((who, s.label, tuple(z.shape[2:])) for s in batch if s.label)
+        assert {s.size for s in batch} == {tuple(z.shape[2:])}         # here a pixel is a latent
+        return velocity(self, who, batch, z, *a, **k)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(T.Models, 'velocity', watched)
+        T.main([*argv, '--routes_per_step=all', '--batch_size=6'])
+    sizes = {'t2i': (24, 32), 'count': (16, 16), 'open': (24, 24)}
+    assert seen == {(who, k, size) for k, size in sizes.items()
+                    for who in ('student', 'count' if k == 'count' else 'base')}
+    with pytest.raises(BadInput, match='larger than .* table of positions'):
+        T.main([*argv, '--dry_run', f'--routes={[dict(routes[0], resolution=[24, 4096])]}'])
+    with pytest.raises(BadInput, match='resolution: a number, or .height, width., not .big.'):
+        T.main([*argv, '--dry_run', f'--routes={[dict(routes[0], resolution="big")]}'])
+
+
+def test_a_picture_of_another_size_keeps_its_shape_in_a_grid(tmp_path):
+    rows = [[torch.zeros(3, 24, 24)], [torch.zeros(3, 24, 48)]]
+    files.grid(rows, tmp_path / 'grid.png', scale=1)
+    black = np.asarray(Image.open(tmp_path / 'grid.png').convert('L')) == 0
+    assert black.sum() == 24 * 24 + 12 * 24
