@@ -28,5 +28,6 @@ def show(defaults, kinds, files):
         print(f'\n{group}' if group else '')
         for k in [k for k in defaults if groups[k] == group]:
             said = [texts[f].get(k, (None,))[0] for f in (files[k], *texts)]
+            comment = next((x for x in said if x is not None), '')
             wide = '' if isinstance(kinds[k], type) else f'({kinds[k]}) '
-            print(f'--{k}={defaults[k]!r}'.ljust(36), wide + next((x for x in said if x is not None), ''))
+            print(f'--{k}={defaults[k]!r}'.ljust(36), wide + comment)
