@@ -36,9 +36,12 @@ def model_shapes(folder):
     """{module name: weight shape} of a model folder's transformer/ or unet/, from headers alone."""
     shapes = {}
     for file in _shards(folder):
-        with safetensors.safe_open(file, 'pt') as f:
-            shapes |= {k[:-7]: tuple(f.get_slice(k).get_shape()) for k in f.keys()
-                       if k.endswith('.weight')}
+        try:
+            with safetensors.safe_open(file, 'pt') as f:
+                shapes |= {k[:-7]: tuple(f.get_slice(k).get_shape()) for k in f.keys()
+                           if k.endswith('.weight')}
+        except (OSError, safetensors.SafetensorError) as e:
+            raise BadInput(f'{file} cannot be read; is it damaged? ({e})') from e
     return shapes
 
 
@@ -49,8 +52,11 @@ def _shards(folder):
     part, files = parts[0], sorted(parts[0].glob('*.safetensors'))
     index, plain = part / f'{name}.index.json', part / name
     if index.exists():
-        named = set(json.loads(index.read_text())['weight_map'].values())
-        files = [part / f for f in sorted(named)]
+        try:
+            named = json.loads(index.read_text())['weight_map'].values()
+            files = [part / f for f in sorted(set(named))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f'{index} is no index of weights ({e!r})') from e
     elif plain.exists():  # fp16 variants may stand beside it
         files = [plain]
     need(index.exists() or len(files) == 1,

@@ -319,8 +319,8 @@ def test_flux2():
         last = {**adapter, 'final_layer.adaLN_modulation.1': (A, B[:8], 1.0)}
         with pytest.raises(BadInput, match='final_layer.adaLN_modulation.1 are not supported'):
             renames.renamed(last, shapes, pipeline)
-        lossy = {**adapter, 'lora_unet_guidance_in_odd': (A, B[:8], 1.0)}
-        with pytest.raises(BadInput, match='renames only a part'):
+        lossy = {**adapter, 'lora_unet_guidance_in_odd': (A, 1e-9 * B[:8], 1.0)}
+        with pytest.raises(BadInput, match='left out.*guidance_in_odd'):
             renames.renamed(lossy, shapes, pipeline)
 
 
@@ -330,6 +330,17 @@ def test_adapters_that_need_no_other_names_are_left_alone():
         adapter = {name: (A, B, 1.0)}
         assert renames.renamed(adapter, shapes, None) is adapter
     assert renames.renamed({'x': (A, B, 1.0)}, shapes, None).keys() == {'x'}
+
+
+def test_two_names_of_one_module_are_refused():
+    """Fused and split, or spelled in two ways: neither may replace the other."""
+    shapes = {f'transformer_blocks.0.attn.to_{k}': (4, 6) for k in 'qkv'}
+    fused, A = torch.randn(12, 2), torch.randn(2, 6)
+    name = 'joint_blocks.0.x_block.attn.qkv'
+    for other in 'transformer_blocks.0.attn.to_k', 'lora_unet_' + flat(name):
+        twice = {name: (A, fused, 1.0), other: (A, fused[:4] if 'to_k' in other else fused, 1.0)}
+        with pytest.raises(BadInput, match='mean one module.*joint_blocks'):
+            renames.renamed(twice, shapes, diffusers.StableDiffusion3Pipeline)
 
 
 # -------------------- refusals

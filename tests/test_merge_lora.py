@@ -1,5 +1,6 @@
 """Adapters on a model: fitted, merged, reduced, written, added to the base; and the script."""
 from lora import *
+from support.renames import pipeline_of
 
 A, B = torch.randn(2, 6), torch.randn(5, 2)
 
@@ -69,9 +70,20 @@ def test_model_folder_refusals(tmp_path):
     with pytest.raises(BadInput, match='nothing'):
         merge_lora.model_shapes(tmp_path)
     name = tmp_path / 'unet/diffusion_pytorch_model.safetensors.index.json'
-    name.write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(BadInput, match='gone.safetensors'):
+    for text, words in (('{"weight_map": {"a": "gone.safetensors"}}', 'gone.safetensors'),
+                        ('{"weight_map": [', 'no index of weights'),
+                        ('[1]', 'no index of weights')):
+        name.write_text(text)
+        with pytest.raises(BadInput, match=words):
+            merge_lora.model_shapes(tmp_path)
+    name.unlink()
+    (tmp_path / 'unet/diffusion_pytorch_model.safetensors').write_bytes(b'half')
+    with pytest.raises(BadInput, match='cannot be read; is it damaged'):
         merge_lora.model_shapes(tmp_path)
+    for text in '[1]', '{', '{"_class_name": 3}':
+        (tmp_path / 'model_index.json').write_text(text)
+        with pytest.raises(BadInput, match='names no pipeline'):
+            pipeline_of(tmp_path)
 
 
 # -------------------- merged
