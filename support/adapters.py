@@ -129,9 +129,11 @@ def parse(tensors, path, config=None):
     """The adapter that a file's tensors and PEFT's configuration stand for; nothing is left out."""
     for what, pattern in REFUSED.items():
         refuse(f'{path}: {what} are not supported', [k for k in tensors if re.match(pattern, k)])
-    refuse(f'{path}: values that are not finite, or no floating-point numbers, in',
-           [k for k, t in tensors.items() if not (t.is_floating_point() or k.endswith('.alpha'))
-            or not t.float().isfinite().all()])
+    refuse(f'{path}: values that are not finite in',
+           [k for k, t in tensors.items() if not t.float().isfinite().all()])
+    refuse(f'{path}: values that are no floating-point numbers in',
+           [k for k, t in tensors.items()
+            if not t.is_floating_point() and not k.endswith('.alpha')])
     found, unknown = {}, []
     for key, tensor in tensors.items():
         m = PART.fullmatch(key)
