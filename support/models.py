@@ -350,6 +350,8 @@ class Network:
         numbers = sum(p.numel() for p in s.params.values())
         yield 'student', f'rank {s.rank} on {len(s.names)} layers: {numbers:,} numbers'
         yield 'a checkpoint', f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume needs'
+        base = sum(p.nbytes for n, p in self.field.net.named_parameters() if '.lora_' not in n)
+        yield 'base', f'{base / 1e9:.4f} GB'
         for name, gb in self.gigabytes.items():
             yield f'teacher {name}', f'{gb:.4f} GB'
         if s.lost:
