@@ -139,6 +139,19 @@ def _signals():
         signal.signal(k, answer)
 
 
+def standing(teachers, moved=0.0, rank=4, **more):
+    """The shapes base with teachers and a student on it, that has gone somewhere or nowhere yet."""
+    models = T.Models(T.open_field(str(SHAPES / 'base')), teachers, **more)
+    c = SimpleNamespace(rank=rank, alpha=float(rank), seed=0, betas=(0.9, 0.99), weight_decay=0.0,
+                        ema_decay=0.0, ema_every=1)
+    models.student = M.Student(models.field.net, c, models.field.targets)
+    for n, p in models.student.params.items():
+        if moved:
+            p.data.normal_(0, moved, generator=torch.Generator().manual_seed(len(n)))
+    models.refresh()
+    return models
+
+
 # -------------------- runs, and what they leave
 def run(main, argv):
     """main in this process -> the run's folder."""

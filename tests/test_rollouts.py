@@ -1,21 +1,11 @@
 """Rollouts: a model's own states, those of teachers and of data, and what is drawn for people."""
 from conftest import *
 
-MODEL = str(SHAPES / 'base')
-
 
 @pytest.fixture(scope='module')
 def models(world):
-    """The base with two teachers and a student on it."""
-    found = T.Models(T.open_field(MODEL), [dict(name='one', lora=world.one, guidance=2.0),
-                                           dict(name='two', lora=world.two)])
-    c = SimpleNamespace(rank=4, alpha=4.0, seed=0, betas=(0.9, 0.99), weight_decay=0.0,
-                        ema_decay=0.0, ema_every=1)
-    found.student = M.Student(found.field.net, c, found.field.targets)
-    for n, p in found.student.params.items():
-        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(n)))
-    found.refresh()
-    return found
+    return standing([dict(name='one', lora=world.one, guidance=2.0),
+                     dict(name='two', lora=world.two)], moved=0.1)
 
 
 ROW = dict(prompt='a red circle on white', source_image='', target_image='')
