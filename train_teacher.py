@@ -120,7 +120,7 @@ def check(c):
 
 def check_rewards(c):
     given = c.reward if c.method != 'sft' else ()
-    need(c.method == 'sft' or given, 'reward is empty: give one dict(reward=..., weight=...) or more')
+    need(c.method == 'sft' or given, 'reward is empty: give at least one dict(reward=...)')
     for x in given:
         known = isinstance(x, dict) and set(x) <= {'reward', 'weight'}
         need(known and isinstance(x.get('reward'), str), f'reward {x!r}: a dict(reward=name, '
