@@ -53,7 +53,7 @@ eta = 0.3
 guidance = 1.0                      # of the policy (Flow-GRPO 4.5)
 group_size = 1                      # samples of one prompt (DanceGRPO 12, Flow-GRPO 24; SDPO 2)
 same_noise = True                   # a group starts from one noise (DanceGRPO), or each its own
-drop_last: int | bool = 1           # so many last steps become one, noiseless, untrained ('cps': 2)
+drop_last: int | bool = 1           # last steps made one, noiseless, untrained (SD3 with 'cps': 2)
 timestep_fraction = 0.6             # grpo: share of the steps that are trained, drawn each time
 clip_range = 1e-4                   # grpo: of the PPO ratio; sdpo: of the log-probability's change
 adv_clip = 5.0                      # advantages, of each reward and of their sum
@@ -139,8 +139,7 @@ def check_rewards(c):
 def combined_advantage(values, weights, stds, group, clip):
     """Of several rewards: (r - mean) / std of each within its group, then added by weight, so that
     no scale wins. And which groups are alive: one whose rewards are all equal teaches nothing."""
-    each = [group_advantage(v, group, std).clamp(-clip, clip)
-            for v, std in zip(values, stds)]
+    each = [group_advantage(v, group, std).clamp(-clip, clip) for v, std in zip(values, stds)]
     total = sum(w * a for w, a in zip(weights, each)).clamp(-clip, clip)
     return total, total.view(-1, group).abs().amax(1) > 0
 
@@ -224,7 +223,7 @@ def policy(t, i, models, c):
 
 def kl_to_base(t, i, v, models, c, looked):
     """kl_beta KL(student's step || base's step), one number a sample, and what the log says of it.
-    With kl_beta = 0 it is only logged, of the step's first term: then `looked` is no more empty."""
+    With kl_beta = 0 it is only logged, for the first term, while `looked` is empty."""
     if looked and not c.kl_beta:
         return 0.0, {}
     looked.append(True)
