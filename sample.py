@@ -15,6 +15,7 @@ checkpoints, or student and base, can be compared picture by picture. Left out o
 samplers, negative prompts.
 """
 import itertools, json, sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,9 @@ import merge_lora
 from configurator import BadInput, collect, configure, need
 from support.checks import peek
 from support.files import grid, load_function, load_image, read_data, score_mean, to_picture
-from support.models import attach, check_size, last_weights, open_field
+from support.models import attach, check_size, last_weights
 from support.processes import launch
-from train_opd import FAMILIES, Models, Sample, denoise, micro_batches, torch_rng
+from train_opd import FAMILIES, Models, Sample, denoise, first_states, micro_batches, open_field, torch_rng
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. 0, None and '' take what the checkpoint's run had
@@ -145,7 +146,8 @@ def main(argv):
     c = configure(SETTINGS, argv)
     path, adapter, rows, sources = check(c)
     device = launch(c.device).device
-    field = open_field(FAMILIES, c, device)
+    field = open_field(c.model, c.dtype, device, c.family, c.max_sequence_length, c.distilled_guidance,
+                       c.base_storage)
     models, who = Models(field), 'student' if adapter else 'base'
     if adapter:
         adapter = models.fit(adapter, c.ckpt)
@@ -161,7 +163,9 @@ def main(argv):
         todo = [Sample(r, c.resolution, torch_rng(c.seed, i, k), number=k, group=i)
                 for i, r in list(enumerate(rows))[at:at + AHEAD] for k in range(c.num)]
         for batch in micro_batches(todo, models, SimpleNamespace(micro_batch=c.batch_size)):
-            pictures = denoise(who, batch, models, c.steps, c.guidance).cpu()
+            velocity = partial(models.velocity, who, w=c.guidance)
+            z = denoise(velocity, batch, first_states(batch, models, c.steps), models.sigmas(batch, c.steps))
+            pictures = field.decode(z).cpu()
             said = judge(pictures, [s.row for s in batch]) if judge else ()
             for s, one in zip(batch, said):
                 scores.setdefault(s.row.get('task') or 'all', []).append(one)

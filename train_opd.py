@@ -16,22 +16,21 @@ rollouts, METHODS, evaluation, and the loop, in main.
 One convention: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 Left out on purpose: full fine-tuning, float16, sharded models, samplers other than Euler's steps.
 """
-import copy, math, random, signal, sys
+import copy, math, sys
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 import configurator
 from configurator import collect, need
 from support import checks
 from support.files import load_image, load_images, shown, to_picture
 from support.judges import group_advantage
-from support.models import Network, learning_rate
-from support.processes import gather, launch
+from support.models import Network, find_family, learning_rate, open_field
+from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 
 sys.modules.setdefault('train_opd', sys.modules[__name__])      # for a family's file, which imports
@@ -197,18 +196,19 @@ class Field:
     """A pipeline's denoiser, VAE and scheduler: what the families share. A family adds encode and
     forward, and says of itself, before weights are loaded as well:"""
     prefix = 'transformer'              # the pipeline's name of its denoiser
-    patch = 2                           # latents, each way, of a token
+    patch = 2                           # latents, each way, of a token; 0: as the config says
     targets = ()                        # layers that a LoRA is put on
     blocks = ()                         # classes of modules that are compiled one by one
     editors = ()                        # pipelines of it that edit a source picture
     takes_sigmas = True                 # its scheduler: a list of sigmas; else a number of steps
-    sees_source = False                 # its text encoder looks at an edit's source picture as well
+    sees_source = False                 # its text encoder looks at an edit's source, and needs one
 
     @classmethod
     def unit(cls, configs):
         """Pixels of which height and width are multiples."""
-        vae = configs.get('vae', {})
-        return 2 ** (len(vae['block_out_channels']) - 1 if vae else 3) * cls.patch
+        vae, net = configs.get('vae', {}), configs.get(cls.prefix, {})
+        factor = 2 ** (len(vae['block_out_channels']) - 1 if vae else 3)
+        return factor * (cls.patch or net.get('patch_size', 2))
 
     @classmethod
     def largest(cls, configs, editing):
@@ -279,16 +279,11 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a
     diptych); a transformer with twice as many inputs as outputs gets it as channels instead."""
-    takes_sigmas = False                                       # sigma_min is shifted twice
+    takes_sigmas, patch = False, 0                             # sigma_min is shifted twice
     editors = 'StableDiffusion3Pipeline',
     blocks = 'JointTransformerBlock',
     targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',
                                      'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')]
-
-    @classmethod
-    def unit(cls, configs):
-        patch = configs.get('transformer', {}).get('patch_size', cls.patch)
-        return super().unit(configs) // cls.patch * patch
 
     @classmethod
     def largest(cls, configs, editing):
@@ -324,6 +319,11 @@ class ZImage(Field):
     editors, blocks = ('ZImageOmniPipeline',), ('ZImageTransformerBlock',)
     targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
 
+    @classmethod
+    def largest(cls, configs, editing):
+        _, h, w = configs.get('transformer', {}).get('axes_lens', [math.inf] * 3)
+        return h * cls.unit(configs), w * cls.unit(configs)
+
     def encode(self, prompt, source=''):
         k = dict(num_condition_images=int(bool(source))) if self.can_edit else {}
         es, _ = self.pipe.encode_prompt(
@@ -356,8 +356,12 @@ class ZImage(Field):
 FAMILIES = dict(
     StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage,
     FluxPipeline='families/flux.py:Flux', FluxKontextPipeline='families/flux.py:Flux',
-    StableDiffusionPipeline='families/unet.py:UNet',
+    Flux2KleinPipeline='families/flux2.py:Flux2', Flux2Pipeline='families/flux2.py:Flux2',
+    QwenImagePipeline='families/qwen.py:Qwen', StableDiffusionPipeline='families/unet.py:UNet',
+    QwenImageEditPipeline='families/qwen_edit.py:QwenEdit',
+    QwenImageEditPlusPipeline='families/qwen_edit.py:QwenEdit',
     StableDiffusionXLPipeline='families/unet.py:UNet')
+find_family, open_field = partial(find_family, FAMILIES), partial(open_field, FAMILIES)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,14 +435,6 @@ class Sample:
     empty: dict = None                  # the same without the words
 
 
-def rng(*key):
-    return random.Random(repr(key))
-
-
-def torch_rng(*key):
-    return torch.Generator().manual_seed(rng(*key).getrandbits(62))
-
-
 def routes_of(step, c):
     """The router: which route each group of a step belongs to."""
     groups, routes = range(c.batch_size // c.group_size), range(len(c.routes))
@@ -453,23 +449,25 @@ def routes_of(step, c):
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
     """This process's samples of a step, as many of each of the updates they are dealt among."""
-    samples, who, updates = [], routes_of(step, c), updates or c.updates
-    every, total = c.routes_per_step == 'all', sum(r.get('weight', 1.0) for r in c.routes)
+    who, every, updates = routes_of(step, c), c.routes_per_step == 'all', updates or c.updates
+    nth = [who[:g].count(route) for g, route in enumerate(who)]        # group of its route
+    dealt = [(nth[g] if every else g) % updates for g in range(len(who))]
+    samples, total = [], sum(r.get('weight', 1.0) for r in c.routes)
     for number in range(c.batch_size):
         group = number // c.group_size
-        if group // updates % world.size != world.rank:
+        if dealt[:group].count(dealt[group]) % world.size != world.rank:
             continue
-        route, earlier = c.routes[who[group]], who[:group].count(who[group])
-        bucket, of = buckets[route['data']], who.count(who[group]) * c.group_size
+        route, of = c.routes[who[group]], who.count(who[group]) * c.group_size
+        bucket = buckets[route['data']]
         share = route.get('weight', 1.0) / total / of if every else 1 / c.batch_size
         samples.append(Sample(
             row=bucket[rng(c.seed, step, group, 'row').randrange(len(bucket))],
             size=route['size'],
             noise=torch_rng(c.seed, step, group if same_noise else number, 'noise', same_noise),
             draws=torch_rng(c.seed, step, number, 'draws'),
-            step=step, number=number, group=group, update=(earlier if every else group) % updates,
-            label=route['data'], teacher=route.get('teacher', ''), share=share, of=of,
-            slot=earlier * c.group_size + number % c.group_size))
+            step=step, number=number, group=group, update=dealt[group], label=route['data'],
+            teacher=route.get('teacher', ''), share=share, of=of,
+            slot=nth[group] * c.group_size + number % c.group_size))
     return samples
 
 
@@ -539,13 +537,11 @@ def first_states(batch, models, n):
 
 
 @torch.no_grad()
-def denoise(who, batch, models, n, w):
-    """The ODE all the way down, for pictures in [0, 1]."""
-    z, sigmas = first_states(batch, models, n), models.sigmas(batch, n)
+def denoise(velocity, batch, z, sigmas):
+    """The ODE all the way down, for pictures: clean latents."""
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        v = models.velocity(who, batch, z, sigma.expand(len(z)), w)
-        z = advance(batch, z, v, sigma, sigma_next)
-    return models.field.decode(z)
+        z = advance(batch, z, velocity(batch, z, sigma.expand(len(z))), sigma, sigma_next)
+    return z
 
 
 @torch.no_grad()
@@ -635,6 +631,7 @@ def action(t, i, c, v):
 
 Term = namedtuple('Term', 'batch loss numbers')    # samples; a loss, and numbers to log, of each
 Method = namedtuple('Method', 'updates settings')  # and those settings that not all methods read
+Reward = namedtuple('Reward', 'of_action group attached')  # by its group; with KL's own gradient
 
 
 def distil(batch, models, c, z, sigma, v, v_target, factor):
@@ -700,9 +697,8 @@ def ppo_loss(logp, logp_old, advantage, clip_range):
 
 # Flow-OPD's rewards of an action, given the step's means by teacher and student, and KL(s)
 def log_ratio(drawn, mean_teacher, mean, std, kl):
-    """log p_T(a|s) - log p_S(a|s) + KL(s), a sum over the latent's numbers; the last is a baseline,
-    its mean over actions. As log-probabilities here are means over these numbers, its policy
-    gradient is the gradient of KL(s) itself, and no group is needed."""
+    """log p_T(a|s) - log p_S(a|s) + KL(s), its own baseline, summed over a latent's numbers. As
+    log_prob is a mean over these, its policy gradient is KL(s)'s own, and no group is needed."""
     return ((mean_teacher - mean) * (drawn - mean) / std ** 2).flatten(1).sum(1)
 
 
@@ -712,8 +708,6 @@ def minus_kl(drawn, mean_teacher, mean, std, kl):
     return -kl
 
 
-# reward: whether a prompt's group normalises it; whether KL(s) keeps its gradient instead
-Reward = namedtuple('Reward', 'of_action group attached')
 REWARDS = dict(
     k1=Reward(log_ratio, False, False),         # correct, at the KL's own scale
     k1_group=Reward(log_ratio, True, False),    # as published for rewards: a scale for each step
@@ -799,15 +793,15 @@ def render(who, route, rows, models, c, world, own=False):
                for i, row in enumerate(rows)]
     done = []
     for batch in micro_batches(samples[world.rank::world.size], models, c):
-        pictures = denoise(who, batch, models, c.sample_steps, w).cpu()
-        done += [(s.number, x.clone()) for s, x in zip(batch, pictures)]
+        z, sigmas = first_states(batch, models, c.sample_steps), models.sigmas(batch, c.sample_steps)
+        z = denoise(partial(models.velocity, who, w=w), batch, z, sigmas)
+        done += [(s.number, x.clone()) for s, x in zip(batch, models.field.decode(z).cpu())]
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
 
 
-def evaluate(step, held, models, c, folder):
+def evaluate(step, held, draw, models, c, folder):
     """The gap by route, and the picture: source, teacher, the student at its start, and now."""
     student, lines, entry = models.student, [], dict(step=step)
-    draw = partial(render, models=models, c=c, world=folder.world)
     for route in c.routes:
         label, rows = route['data'], held[route['data']][:c.show]
         if label not in folder.stills:                         # what does not change: once a run
@@ -845,13 +839,12 @@ def main(argv):
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in plan(step, c, data.buckets, world))
     student = models.student
-    folder.begin(models, data)
+    draw = partial(render, models=models, c=c, world=world)
+    folder.begin(models, data, held, draw)
     if folder.first % c.eval_every == 0 and not folder.evaluated():
-        evaluate(folder.first, held, models, c, folder)
+        evaluate(folder.first, held, draw, models, c, folder)
 
-    bar = tqdm(range(folder.first, c.max_steps), initial=folder.first, total=c.max_steps,
-               disable=None if world.rank == 0 else True)      # None: where nobody looks
-    for step in bar:
+    for step in (bar := folder.bar()):
         # plan: who answers for which rows
         samples, models.spent, world.stop.busy = plan(step, c, data.buckets, world), 0, True
 
@@ -877,8 +870,8 @@ def main(argv):
         if ending:
             return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:
-            evaluate(done, held, models, c, folder)
-    folder.conclude(held, models, partial(render, models=models, c=c, world=world))
+            evaluate(done, held, draw, models, c, folder)
+    folder.conclude(held, models, draw)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 import configurator
 import train_opd
@@ -29,11 +28,10 @@ from support.checks import is_number
 from support.files import judged, load_images, shown
 from support.judges import Judges, group_advantage
 from support.models import learning_rate
-from support.processes import gather, launch
+from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, kl_weight, log_prob,
-                       micro_batches, plan, ppo_loss, render, rng, torch_rng, trajectories, trajectory,
-                       velocity_error)
+                       micro_batches, plan, ppo_loss, render, trajectories, trajectory, velocity_error)
 
 # --------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py (model, LoRA, optimiser, output) come from there, overridden here.
@@ -413,13 +411,11 @@ def main(argv):
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in plan(step, c, data.buckets, world, alike, dealt))
     models.judges, student = Judges(c, folder), models.student
-    folder.begin(models, data)
+    folder.begin(models, data, held)
     if folder.first % c.eval_every == 0 and not folder.evaluated():
         evaluate(folder.first, held, models, c, folder)
 
-    bar = tqdm(range(folder.first, c.max_steps), initial=folder.first, total=c.max_steps,
-               disable=None if world.rank == 0 else True)      # None: where nobody looks
-    for step in bar:
+    for step in (bar := folder.bar()):
         world.stop.busy, models.spent = True, 0
         samples = plan(step, c, data.buckets, world, alike, dealt)
         for terms in METHODS[c.method].updates(samples, models, c):
@@ -445,7 +441,7 @@ def main(argv):
             evaluate(done, held, models, c, folder)
     found = [e for e in folder.history if 'lr' not in e]       # without targets or a score, empty
     folder.end({k[5:]: dict(before=found[0].get(k, x), after=x) for k, x in found[-1].items()
-                if k != 'step'}, ['loss', 'reward'], 'evaluation')
+                if k != 'step'}, 'evaluation')
 
 
 if __name__ == '__main__':

@@ -5,13 +5,29 @@ import copy
 
 import torch
 
+from configurator import need
 from train_opd import Field, col
 
 
+# eps - x0 from what the network says, m, of x = a x0 + b eps
+def from_epsilon(m, x, a, b):
+    return m - (x - b * m) / a
+
+
+def from_v(m, x, a, b):
+    return (a * m + b * x) - (a * x - b * m)
+
+
+def from_sample(m, x, a, b):
+    return (x - a * m) / b - m
+
+
+VELOCITY = dict(epsilon=from_epsilon, v_prediction=from_v, sample=from_sample)
+
+
 class UNet(Field):
-    """SD1.x, SD-Turbo, SDXL, SDXL-Turbo with epsilon or v prediction, as a flow: with
-    a = sqrt(abar_t) and b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Euler in z
-    is DDIM in x_t."""
+    """SD1.x, SD2.x, SD-Turbo, SDXL, SDXL-Turbo as a flow: with a = sqrt(abar_t) and
+    b = sqrt(1 - abar_t), sigma = b / (a + b) and z = x_t / (a + b). Euler in z is DDIM in x_t."""
     prefix, patch = 'unet', 1
     targets = 'to_q', 'to_k', 'to_v', 'to_out.0'
     blocks = 'BasicTransformerBlock',
@@ -22,25 +38,33 @@ class UNet(Field):
         if type(pipe.scheduler).__name__ not in self.euler:    # PNDM and others: no Euler steps
             from diffusers import DDIMScheduler
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        abar = pipe.scheduler.alphas_cumprod.double()
-        self.noise = ((1 - abar) / abar).sqrt()                # b / a of every t: grows with t
+        c = pipe.scheduler.config
+        kind, a = c.prediction_type, pipe.scheduler.alphas_cumprod.double().sqrt()
+        need(kind in VELOCITY, f'scheduler: prediction_type {kind!r} is not known here; known are '
+             f'{", ".join(VELOCITY)}')
+        need(kind != 'epsilon' or not c.rescale_betas_zero_snr, 'scheduler: rescale_betas_zero_snr '
+             'starts from noise alone, where prediction_type epsilon says nothing of a picture; '
+             'set in scheduler_config.json what the model was trained with')
+        b = (1 - a ** 2).sqrt()
+        self.to_velocity, self.table = VELOCITY[kind], b / (a + b)     # sigma of every t: it grows
 
     def schedule(self, n):
+        """n + 1 sigmas, and what makes a state at the first of them of unit noise."""
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(n)
         if hasattr(scheduler, 'sigmas'):                       # the Euler scheduler speaks b / a
-            return scheduler.sigmas.double().cpu(), scheduler.init_noise_sigma
-        t = scheduler.timesteps.long().cpu().clamp(max=len(self.noise) - 1)    # SD1.5's can lead beyond
-        k = torch.cat([self.noise[t], self.noise.new_zeros(1)])
-        return k, (k[0] ** 2 + 1).sqrt()                       # DDIM: x_T of unit variance
+            k = scheduler.sigmas.double().cpu()
+            return k / (1 + k), scheduler.init_noise_sigma / (1 + k[0])
+        t = scheduler.timesteps.long().cpu()
+        t = t.clamp(max=len(self.table) - 1)                   # SD1.5's can lead beyond it
+        s = torch.cat([self.table[t], self.table.new_zeros(1)])
+        return s, (s[0] ** 2 + (1 - s[0]) ** 2).sqrt()         # DDIM: x_T of unit variance
 
     def sigmas(self, n, height, width):
-        k, _ = self.schedule(n)
-        return (k / (1 + k)).float()                           # from the table's largest, not 1
+        return self.schedule(n)[0].float()                     # from the table's largest
 
     def first_state(self, eps, n, height, width):
-        k, scale = self.schedule(n)
-        return eps * float(scale / (1 + k[0]))
+        return eps * float(self.schedule(n)[1])
 
     def encode(self, prompt, source=''):
         if 'text_encoder_2' not in self.pipe.components:
@@ -53,11 +77,10 @@ class UNet(Field):
 
     def timestep(self, sigma):
         """sigma -> t by the table, also between its rows. Not every device has float64."""
-        k, last = sigma.cpu().double(), len(self.noise) - 1
-        k = k / (1 - k)
-        hi = torch.searchsorted(self.noise, k).clamp(1, last)
-        below, above = self.noise[hi - 1], self.noise[hi]
-        t = (hi - 1 + (k - below) / (above - below)).clamp(0, last)
+        s, last = sigma.cpu().double(), len(self.table) - 1
+        hi = torch.searchsorted(self.table, s).clamp(1, last)
+        below, above = self.table[hi - 1], self.table[hi]
+        t = (hi - 1 + (s - below) / (above - below)).clamp(0, last)
         return torch.where((t - t.round()).abs() < 0.02, t.round(), t).float().to(self.device)
 
     def forward(self, z, sigma, cond):
@@ -72,6 +95,4 @@ class UNet(Field):
                                               time_ids=ids.expand(len(z), 6))
         m = self.net(x.to(self.dtype), self.timestep(sigma),
                      encoder_hidden_states=self.stack(cond, 'text'), **extra).sample.float()
-        if self.pipe.scheduler.config.prediction_type == 'v_prediction':
-            return (a * m + b * x) - (a * x - b * m)           # eps - x0
-        return m - (x - b * m) / a
+        return self.to_velocity(m, x, a, b)

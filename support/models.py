@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
-from support.files import load_function
+from support.files import UNUSED, load_function, model_configs, one_line
 
 
 # -------------------- families
@@ -42,41 +42,72 @@ def check_size(family, pipeline, configs, height, width, editing=False):
          f'table of positions, {most[0]} x {most[1]} pixels{" with a source" * editing}')
 
 
-def open_field(families, c, device='cpu'):
-    """A diffusers folder or hub id -> its field, with the weights loaded."""
-    pipe = open_pipeline(c.model, c.family if c.family in families else '', c.dtype, device)
-    kind = find_family(families, type(pipe).__name__, c.family)
+def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=256,
+               distilled_guidance=3.5, base_storage=''):
+    """A diffusers folder or hub id -> its field, with the weights loaded; the network is on the CPU."""
+    import diffusers
+    model_configs(path)                                        # of a folder: is it one, is it whole?
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path)
+    except (OSError, ValueError) as e:
+        raise BadInput(f'model {path} is not here and cannot be fetched: {one_line(e)}. A gated one needs its '
+                       'licence accepted and `hf auth login`') from e
+    kind = find_family(families, index.get('_class_name', ''), family)     # before any weights are loaded
+    pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
     for part in (net, pipe.vae):
-        check_whole(part, f'model {c.model}')
-    if getattr(c, 'base_storage', ''):
+        check_whole(part, f'model {path}')
+    if base_storage:
         store_small(net)
-    field = kind(pipe, device, c.max_sequence_length, c.distilled_guidance)
+    field = kind(pipe, device, max_sequence_length, distilled_guidance)
     for name, m in pipe.components.items():                    # network and encoders come in their turn
         if isinstance(m, torch.nn.Module) and m is not net and not name.startswith('text_encoder'):
             m.to(device)
     return field
 
 
-def open_pipeline(path, pipeline, dtype='float32', device='cpu'):
+def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
     """A diffusers folder or hub id -> its pipeline, by a name that is not '' if it is not its own."""
     import diffusers, transformers
     for x in (diffusers.utils.logging, transformers.utils.logging):
         x.set_verbosity_error()
         x.disable_progress_bar()
-    index = diffusers.DiffusionPipeline.load_config(path)
     pipeline = pipeline or index['_class_name']
-    unused = [k for k in ('safety_checker', 'feature_extractor', 'image_encoder') if k in index]
+    unused = [k for k in UNUSED if k in index]
     low = 'bfloat16' if torch.device(device).type == 'cuda' else 'float32'
     dtype = getattr(torch, low if dtype == 'auto' else dtype)
     # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
     kinds = dtype if 'Omni' in pipeline else {'default': dtype, 'vae': torch.float32}
     try:
-        return getattr(diffusers, pipeline).from_pretrained(path, dtype=kinds, **dict.fromkeys(unused))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
-        raise BadInput(f'model {path} does not load as a {pipeline}: {str(e).strip()[:400] or type(e).__name__}. '
-                       'Fetch it again with `hf download`; a gated one needs its licence accepted and '
+        encoders = {k: open_encoder(getattr(transformers, v[1]), path, k, dtype) for k, v in index.items()
+                    if k.startswith('text_encoder') and isinstance(v, list) and v[0] == 'transformers'}
+        pipe = getattr(diffusers, pipeline).from_pretrained(
+            path, dtype=kinds, use_safetensors=True, **encoders, **dict.fromkeys(unused))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as e:
+        raise BadInput(f'model {path} does not load as a {pipeline}: {one_line(e) or type(e).__name__}. Fetch '
+                       'it again with `hf download`; a gated one needs its licence accepted and '
                        '`hf auth login`') from e
+    for name, part in pipe.components.items():
+        if name.startswith('tokenizer') and part is not None:
+            check_tokenizer(part, f'{path}/{name}')
+    return pipe
+
+
+def open_encoder(kind, path, name, dtype):
+    """A text encoder. transformers would fill what its file lacks with random numbers."""
+    net, info = kind.from_pretrained(path, subfolder=name, dtype=dtype, use_safetensors=True,
+                                     output_loading_info=True, ignore_mismatched_sizes=True)
+    for what, found in (('lack', info['missing_keys']), ('have other shapes for', info['mismatched_keys'])):
+        need(not found, f'model {path}: the weights of its {name} {what} {len(found)} of the tensors that its '
+             f'config asks for, as {sorted(map(str, found))[:1]}; fetch it again')
+    return net
+
+
+def check_tokenizer(tokenizer, what):
+    """Without its files, a tokenizer has an empty vocabulary, and all words are the same."""
+    tokenizer = getattr(tokenizer, 'tokenizer', tokenizer)         # of a processor
+    words = set(tokenizer('a picture').input_ids) - set(tokenizer.all_special_ids)
+    need(words, f'{what} knows no words: its vocabulary is missing; fetch it again')
 
 
 def check_whole(net, what):
@@ -214,7 +245,8 @@ class Network:
     @classmethod
     def open(cls, families, c, device, data, held, teachers=(), checkpoint=None):
         """All of a run. The words that are known ahead are encoded before the network is on the device."""
-        field = open_field(families, c, device)
+        field = open_field(families, c.model, c.dtype, device, c.family, c.max_sequence_length,
+                           c.distilled_guidance, c.base_storage)
         for size in {tuple(r['size']) for r in c.routes}:      # of a hub id, known only now
             check_size(type(field), type(field.pipe).__name__, field.configs, *size,
                        any(b.sources for b in data.buckets.values()))
@@ -284,7 +316,7 @@ class Network:
         alone = (Path(path) / 'config.json').exists()          # the network, or a whole pipeline
         try:
             net = type(own).from_pretrained(path, subfolder=None if alone else self.field.prefix,
-                                            dtype=self.field.dtype)
+                                            dtype=self.field.dtype, use_safetensors=True)
         except Exception as e:
             raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
                            f'diffusers folder or hub id of the same family. It said: {str(e)[:300]}') from e
@@ -347,8 +379,9 @@ class Student:
         add_adapter(net, 'student', r=c.rank, lora_alpha=c.alpha, target_modules=self.names,
                     init_lora_weights='gaussian')
         self.params = {n: p for n, p in net.named_parameters() if '.student.' in n}
-        for p in self.params.values():
-            p.data = p.data.float()                            # PEFT made them in the base's dtype
+        for n, p in self.params.items():                       # PEFT made them in the base's dtype
+            coarse = p.dtype.itemsize == 1 and '.lora_A.' in n
+            p.data = torch.randn(p.shape, device=p.device) / c.rank if coarse else p.data.float()
         self.begin(net, start or {}, c.rank)
         self.start, self.ema = self.tensors(), self.tensors() if c.ema_decay else None
         self.updates = self.skipped = self.idle = 0            # updates made, not finite, without gradient

@@ -1,7 +1,8 @@
 """
-The processes of a run: one a GPU under torchrun, or a single one; and how they are asked to stop.
+The processes of a run: one a GPU under torchrun, or a single one; how they are asked to stop; and
+random streams, which follow from keys alone, so that they are the same in any number of processes.
 """
-import atexit, os, signal
+import atexit, os, random, signal
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -51,3 +52,11 @@ def gather(world, x):
     found = [None] * world.size
     dist.all_gather_object(found, x)
     return [y for some in found for y in some]
+
+
+def rng(*key):
+    return random.Random(repr(key))
+
+
+def torch_rng(*key):
+    return torch.Generator().manual_seed(rng(*key).getrandbits(62))

@@ -2,7 +2,6 @@
 A run's folder: log.jsonl, samples/, result.json, and checkpoints step_*/ with a link `latest`. A checkpoint is renamed into place when it is whole: a run can be killed at any moment.
 """
 import fcntl, hashlib, json, math, os, re, resource, shutil, socket, sys, time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,7 +9,9 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
-from support.files import curve, draw_pairs, grid, judged
+from support.disk import write_text, writing
+from support.files import RewardError, draw_pairs, grid, judged
+from support.plot import curve
 from support.processes import gather
 
 SUMS = 'groups', 'skipped_groups', 'cost'                      # in the log; other numbers are means
@@ -53,16 +54,21 @@ class Folder:
         whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]
         self.history = [e for e in whole if e['step'] <= self.first]   # a kill cuts a line
 
-    def begin(self, models, data):
-        """Before the first step: what it starts from, and edit pairs to be looked at, as files."""
-        self.student, self.prefix = models.student, models.field.prefix
+    def begin(self, models, data, held, render=None):
+        """Before the first step: what it starts from, and edit pairs to be looked at, as files; and the
+        score is asked once, so that it does not fail at the end."""
+        self.student, self.prefix, c = models.student, models.field.prefix, self.c
         for name, text in models.derived():
             self.say(f'{name:22s} {text}')
+        if render and c.score and c.score_samples:
+            rows = held[c.routes[0]['data']][:1]
+            judged(c.score, render('student', c.routes[0], rows), rows, 1, self.world)
         if self.resumed:
             return self.say(f'resumed {self.resumed}')
         if self.world.rank == 0:
             start = self.student.modules(self.student.start)
-            merge_lora.write_adapter(self.out / 'start', start, self.student.alpha, self.prefix)
+            with writing(self.out / 'start'):
+                merge_lora.write_adapter(self.out / 'start', start, self.student.alpha, self.prefix)
             draw_pairs(data.buckets, self.out / 'samples')
         self.save(0, models)
 
@@ -92,6 +98,10 @@ class Folder:
                 f.write(json.dumps(entry) + '\n')
         for tell in self.trackers:
             tell(entry)
+
+    def bar(self):
+        c, quiet = self.c, None if self.world.rank == 0 else True      # None: where nobody looks
+        return tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=quiet)
 
     def evaluated(self):
         """Is the evaluation of the step that this run begins with in the log?"""
@@ -148,28 +158,45 @@ class Folder:
         if self.world.rank == 0:
             captions, *columns = zip(*lines)
             grid([*zip(*columns)], self.out / 'samples' / f'step_{step:06d}.png', captions, heads)
+            self.curves()
+
+    def curves(self):
+        gaps = sorted({k for e in self.history for k in e if k.startswith('gap/')})
+        curve(self.history, self.out / 'loss.png', ['loss', 'reward', *gaps])
 
     def conclude(self, held, models, render):
-        """result.json: by route, the gap before and after, and what the score says of everyone."""
-        student, result, c = models.student, {}, self.c
+        """result.json: by route, the gap before and after, and what the score says of everyone. A score
+        that fails loses nothing else."""
+        result, c, failed = {}, self.c, ''
         for route in c.routes:
-            label, rows = route['data'], held[route['data']][:c.score_samples]
-            gaps = [e[f'gap/{label}'] for e in self.history if f'gap/{label}' in e]
-            result[label] = dict(gap_before=gaps[0], gap_after=gaps[-1])
-            everyone = dict(base=('base', None), teacher=(route['teacher'], None),
-                            start=('student', student.start), student=('student', student.ema))
-            for name, (who, weights) in everyone.items() if c.score and c.score_samples else ():
-                with student.wearing(weights):
-                    pictures = render(who, route, rows, own=name == 'teacher')
-                result[label][name] = judged(c.score, pictures, rows, c.micro_batch, self.world)
-        self.end(result, ['loss', *(f'gap/{k}' for k in result)])
+            gaps = [e[k] for k in [f'gap/{route["data"]}'] for e in self.history if k in e]
+            result[route['data']] = dict(gap_before=gaps[0], gap_after=gaps[-1])
+        try:
+            for route in c.routes if c.score and c.score_samples else ():
+                result[route['data']] |= self.scores(route, held, models.student, render)
+        except RewardError as e:                               # in all processes alike
+            failed = str(e)
+        self.end(result)
+        if failed:
+            raise RewardError(f'{failed}. The gaps are in {self.out}/result.json; score later with: python '
+                              f'sample.py --ckpt {self.out} --score={c.score}')
 
-    def end(self, result, curves, name='route'):
+    def scores(self, route, held, student, render):
+        rows, found = held[route['data']][:self.c.score_samples], {}
+        everyone = dict(base=('base', None), teacher=(route['teacher'], None),
+                        start=('student', student.start), student=('student', student.ema))
+        for name, (who, weights) in everyone.items():
+            with student.wearing(weights):
+                pictures = render(who, route, rows, own=name == 'teacher')
+            found[name] = judged(self.c.score, pictures, rows, self.c.micro_batch, self.world)
+        return found
+
+    def end(self, result, name='route'):
         """The result, as a file and for people, and the log's curves."""
         self.world.stop.over()
         if self.world.rank == 0:
             write_text(self.out / 'result.json', json.dumps(result, indent=1))
-            curve(self.history, self.out / 'loss.png', curves)
+            self.curves()
             table(result, name)
             if self.student.skipped:
                 print(f'{self.student.skipped} updates were skipped: their gradients were not finite')
@@ -197,33 +224,13 @@ def trackers(folder):
 
 def table(rows, name):
     """{row: {column: number}} for people."""
-    heads = list(next(iter(rows.values()), ()))
+    heads = list(dict.fromkeys(h for row in rows.values() for h in row))
     print('\n' + f'{name:24s}' + ''.join(f'{h:>12s}' for h in heads))
     for k, row in rows.items():
-        print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' for h in heads))
+        print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' if h in row else f'{"-":>12s}' for h in heads))
 
 
 # -------------------- files
-@contextmanager
-def writing(path):
-    """A full disk, a folder that is gone: said in a sentence."""
-    try:
-        yield
-    except OSError as e:
-        raise BadInput(f'{path} could not be written: {e.strerror or e}. Checkpoints from before are whole; '
-                       'make room, then go on with --init_from=resume') from e
-
-
-def write_text(path, text):
-    """Whole or not at all."""
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f'.writing_{path.name}')
-        part.write_text(text)
-        os.replace(part, path)
-
-
 def read_json(path):
     try:
         found = json.loads(Path(path).read_text())

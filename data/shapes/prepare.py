@@ -11,8 +11,8 @@ over the world's few words, frozen text encoders of random words, and a trained 
 parameters. The teachers are made by train_teacher.py, as anybody's would be.
 """
 import csv, json, math, shutil, sys
-from functools import partial
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ import train_opd
 import train_teacher
 import world
 from support.files import grid, read_data
-from train_opd import Models, Sample, rng, torch_rng
+from train_opd import Models, Sample, first_states, rng, torch_rng
 
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
@@ -46,6 +46,9 @@ evaluate = False
 quick = False
 threads = 2
 SETTINGS = configurator.collect(sys.modules[__name__])
+# what a teacher's LoRA is put on: attention, feed-forward and modulation of both streams
+LAYERS = [*train_opd.SD3.targets, 'norm1.linear', 'norm1_context.linear',
+          *(f'{k}.net.{i}' for k in ('ff', 'ff_context') for i in ('0.proj', '2'))]
 
 
 # ---------------------------------------------------------------------------------------- the base, untrained
@@ -302,7 +305,7 @@ def make_teachers(c):
             method='sft', model=f'{c.out}/base', out_dir=str(run), data=[f'{c.work}/{name}_teacher.csv'],
             eval_data=[f'{c.out}/{name}_val.csv'], score=f'{Path(__file__).parent}/world.py:score',
             init_from='resume' if (run / 'latest').exists() else 'base', max_steps=c.teacher_steps[name],
-            lora_targets=train_opd.Flux.targets + ['norm1.linear', 'norm1_context.linear'],
+            lora_targets=LAYERS,
             rank=16, alpha=32.0, lr=2e-3, batch_size=32, micro_batch=32, ema_decay=0.99, seed=c.seed,
             warmup=50, eval_every=500, save_every=500, log_every=100)
         train_teacher.main([f'--{k}={v!r}' for k, v in settings.items()])
@@ -317,16 +320,13 @@ def make_teachers(c):
 
 def pictures(models, who, rows, seed, steps=16):
     """Pictures of rows by the base or a teacher: Euler steps, no guidance."""
-    out = []
-    sigmas = models.field.sigmas(steps, world.SIZE, world.SIZE)
+    out, size = [], (world.SIZE, world.SIZE)
     for at in range(0, len(rows), 128):
-        some = rows[at:at + 128]
-        batch = [Sample(r, torch_rng('measure', seed, at + i)) for i, r in enumerate(some)]
-        models.prompts.condition(batch, world.SIZE, world.SIZE)
-        z = torch.stack([torch.randn(3, world.SIZE, world.SIZE, generator=s.noise) for s in batch])
-        with torch.no_grad():
-            z = train_opd.denoise(partial(models.velocity, who), batch, z, sigmas)
-            out.append(models.field.decode(z))
+        batch = [Sample(r, size, torch_rng('measure', seed, at + i))
+                 for i, r in enumerate(rows[at:at + 128])]
+        models.prompts.condition(batch)
+        z, sigmas = first_states(batch, models, steps), models.sigmas(batch, steps)
+        out.append(models.field.decode(train_opd.denoise(partial(models.velocity, who), batch, z, sigmas)))
     return torch.cat(out)
 
 

@@ -1,0 +1,38 @@
+# FLUX.2-klein, the undistilled 4B: a local-edit and a global-edit teacher into one student that
+# edits both ways and needs no guidance. DanceOPD's recipe; on this model nobody has published one.
+# Teachers are your own, config/teacher_flux2_klein_edit_sft.py makes each. The 9B is the same with
+# --model=black-forest-labs/FLUX.2-klein-base-9B, there as here (another licence: not commercial).
+# Memory: about 15 GB at 1024 pixels and 17 GB while words are encoded (computed, not measured: base
+# in bf16 7.8 GB, Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations 4 GB for
+# 8704 tokens: the picture's, its source's and 512 of text). The 9B: 28 GB and 37 GB.
+model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
+family = 'Flux2KleinPipeline'
+resolution = 1024
+max_sequence_length = 512                         # the pipeline's: the padding is seen
+teachers = [dict(name='local_edit', lora='out/klein_local_edit', guidance=4.0),
+            dict(name='global_edit', lora='out/klein_global_edit', guidance=4.0)]  # the pipeline's
+routes = [dict(teacher='local_edit', data='local_edit'),
+          dict(teacher='global_edit', data='global_edit')]
+routes_per_step = 1                               # published, with equal weights
+data = ['data/examples/local_edit.csv', 'data/examples/global_edit.csv']  # 16 pairs, to try it
+eval_data = []                                    # for real: thousands (data/omniedit/prepare.py)
+
+init_from = 'merge'                               # ours: the base can edit, and so can the mean
+rank = 64
+alpha = 64.0
+rollout_guidance = student_guidance = 1.0         # ours: guidance is learned, forwards are half
+steps = 16                                        # from here to max_steps DanceOPD's
+method = 'danceopd'
+query = 'low_noise'
+betas = [0.9, 0.999]                              # torch's own; of betas papers say nothing
+lr = 2e-4
+lr_schedule = 'constant'
+max_steps = 3000
+batch_size = 32                                   # 4 accumulated on 8 GPUs
+micro_batch = 1
+grad_checkpointing = True
+ema_decay = 0.99                                  # ours, as what follows
+eval_every, save_every = 300, 50
+eval_samples, score = 8, ''
+sample_steps = 28
+out_dir = 'out/klein_edit'

@@ -1,0 +1,29 @@
+"""
+Qwen-Image-Edit and Qwen-Image-Edit-Plus (2509, 2511), with one source picture.
+"""
+import sys
+
+from PIL import Image, ImageOps
+
+from configurator import need
+from families.qwen import Qwen
+
+
+class QwenEdit(Qwen):
+    """The text encoder looks at the source as the pipeline shows it: whole, Edit at a megapixel,
+    Plus at 384 x 384 pixels' area. Its latents follow the target's, here at the target's size; the
+    pipelines bring every source to about a megapixel, so train at resolution 1024 or near it."""
+    editors = 'QwenImageEditPipeline', 'QwenImageEditPlusPipeline'
+    sees_source = True
+
+    def encode(self, prompt, source=''):
+        need(source, f'{type(self.pipe).__name__} reads no words without a source picture: give '
+             'every row a source_image, or take QwenImagePipeline for rows without one')
+        module = sys.modules[type(self.pipe).__module__]
+        area = getattr(module, 'CONDITION_IMAGE_SIZE', 1024 ** 2)
+        with Image.open(source) as im:
+            im = ImageOps.exif_transpose(im).convert('RGB')
+        width, height, *_ = module.calculate_dimensions(area, im.width / im.height)
+        seen = self.pipe.image_processor.resize(im, height, width)
+        e, _ = self.pipe.encode_prompt([prompt or ' '], seen, self.device)
+        return dict(text=e[0])
