@@ -14,6 +14,7 @@ from tqdm import tqdm
 import merge_lora
 from configurator import BadInput, need
 from support.files import UNUSED, load_function, model_configs, one_line
+from support.renames import renamed
 
 
 # -------------------- families
@@ -309,6 +310,10 @@ class Network:
         shapes = {k.removesuffix('.base_layer'): tuple(m.weight.shape)
                   for k, m in self.field.net.named_modules()
                   if 'lora_' not in k and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        try:
+            adapter = renamed(adapter, shapes, type(self.field.pipe))
+        except BadInput as e:
+            raise BadInput(f'{what}: {e}') from e
         return merge_lora.fit(adapter, shapes, what)
 
     def load_full(self, path):
@@ -392,11 +397,8 @@ class Student:
     def begin(self, net, start, rank):
         """The start's tensors, cut to the rank; surplus rows of A keep their random numbers."""
         cut = {k: (*merge_lora.to_rank(m, rank), 1.0) for k, m in start.items()}
-        whole = merge_lora.size(start) if start else 0.0
         self.whole_rank = max((A.shape[0] for A, _, _ in start.values()), default=rank)
-        self.lost = 0.0
-        if self.whole_rank > rank:
-            self.lost = merge_lora.size(merge_lora.merge([start, cut], [1.0, -1.0])) / whole
+        self.lost = merge_lora.lost(start, cut) if self.whole_rank > rank else 0.0
         for key, (A, B, _) in cut.items():
             layer, used = net.get_submodule(key), int(A.flatten(1).any(1).sum())
             layer.lora_A['student'].weight.data[:used] = A[:used]
