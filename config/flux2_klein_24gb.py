@@ -3,8 +3,8 @@
 #     python train_teacher.py config/teacher_flux2_klein_edit_sft.py --resolution=512
 # Memory: about 12 GB, 17 GB while words are encoded (computed, not measured: base in bf16 7.8 GB,
 # Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations of 2560 tokens 1.5 GB).
-# Time: 500 steps of 8 samples are 45,000 forwards of 22 TFLOP, teachers included and a backward as
-# three: 3.5 hours at 80 TFLOP/s (computed).
+# Time: 500 steps of 8 samples are 42,000 forwards of 22 TFLOP, teachers included and a backward as
+# three: 3.2 hours at 80 TFLOP/s (computed).
 import os
 _make = 'python train_teacher.py config/teacher_flux2_klein_edit_sft.py --resolution=512'
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0

@@ -150,3 +150,13 @@ def test_from_pairs_over_two_teachers_to_a_student_that_edits(pairs, nothing_mad
     capsys.readouterr()
     sample.main(['--ckpt=out/sd35_edit', '--num=1', '--out_dir=out/pictures'])
     assert len(list(Path('out/pictures').glob('*_0.png'))) >= 2
+
+
+def test_links_and_configs_that_texts_name_are_there():
+    for path in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]:
+        text = path.read_text()
+        links = re.findall(r'\]\((?!https?:)([^)#]+)\)', text)
+        assert not [x for x in links if not (path.parent / x).exists()], path
+        named = re.findall(r'config/\w+\.py', text)
+        assert not [x for x in named if not (ROOT / x).exists()], path
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 180
