@@ -11,8 +11,8 @@ import os
 _make = 'python train_teacher.py config/teacher_sd35_edit_sft.py'
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
-resolution = 1024                           # DanceOPD's, as all between here and max_steps,
-teachers = [dict(name='local_edit', lora='out/sd35_local_edit', make=_make),  # but for what is ours
+resolution = 1024                           # DanceOPD's, down to max_steps, but for what is ours
+teachers = [dict(name='local_edit', lora='out/sd35_local_edit', make=_make),
             dict(name='global_edit', lora='out/sd35_global_edit',
                  make=f'{_make} config/teacher_global_edit.py')]
 routes = [dict(teacher=_k, data=_k) for _k in ('local_edit', 'global_edit')]

@@ -6,8 +6,8 @@
 # GB, PickScore 4 GB, the rest activations of 12 samples: one group at a time).
 model = 'black-forest-labs/FLUX.1-dev'      # gated, not commercial: accept, then hf auth login
 family = 'FluxPipeline'
-resolution = 720                            # from here to weight_decay as published, but for
-max_sequence_length = 512                   # what is ours: these two are the pipeline's and
+resolution = 720                            # published, down to weight_decay, but for what is ours
+max_sequence_length = 512                   # the pipeline's
 distilled_guidance = 3.5                    # the model card's
 method = 'grpo'
 data = ['data/examples/aesthetic.txt']      # ours: 24 prompts, to try it; thousands are wanted
