@@ -341,6 +341,8 @@ class Network:
         yield 'student', f'rank {rank} on {len(student.names)} layers: {numbers:,} numbers'
         yield 'a checkpoint', (f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume '
                                'needs')
+        base = sum(p.nbytes for n, p in self.field.net.named_parameters() if '.lora_' not in n)
+        yield 'base', f'{base / 1e9:.4f} GB'
         for name, gb in self.gigabytes.items():
             yield f'teacher {name}', f'{gb:.4f} GB'
         if lost:
