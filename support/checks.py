@@ -52,7 +52,7 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         if k in above:
             need(is_number(x), f'{k} must be more than 0, not {x!r}')
         elif type(x) in (int, float) and k != 'seed':
-            least = int(type(x) is int and k not in FROM_0)
+            least = min(int(type(x) is int and k not in FROM_0), defaults[k])
             need(x >= least, f'{k} must be at least {least}, not {x}')
     for k in sorted({k for m in methods.values() for k in m.settings}):
         need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '

@@ -124,10 +124,11 @@ class Folder:
 
     def watch(self, step, norm, student):
         """A skipped update is counted and named; too many end the run."""
+        bad_at, self.bad_at = self.bad_at, ''
         if math.isfinite(norm):
             return
-        where = next(filter(None, gather(self.world, [self.bad_at])), f'{self.at}, whose loss was finite')
-        self.bad_at, many = '', sum(student.recent)
+        where = next(filter(None, gather(self.world, [bad_at])), f'{self.at}, whose loss was finite')
+        many = sum(student.recent)
         self.say(f'step {step + 1}: update skipped, its gradient was not finite ({where})')
         need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite gradient, lastly at '
              f'{where}. Lower lr, or use dtype=float32; the last checkpoint in {self.out} is from before')
