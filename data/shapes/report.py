@@ -5,8 +5,10 @@ The report of data/shapes/papers.py, from the committed numbers alone: docs/pape
 such as ode@0.008.
 """
 import json, math
+from importlib.util import find_spec
 from pathlib import Path
 
+from configurator import need
 from questions import ARMS, CEILINGS, QUESTIONS, SCORED, SEEDS, SKILLS
 
 SHARE = 0.9                             # of a teacher's score: it is held
@@ -279,6 +281,8 @@ def spaced(axes, ends):
 
 
 def draw_all(found, folder):
+    need(find_spec('matplotlib'), 'the words are written; the plots need a package more: '
+         'pip install matplotlib')
     for key, q in QUESTIONS.items():
         if any(curves(a, found) for a in q.arms):
             plot(key, found, Path(folder) / f'{key}.png')
