@@ -73,7 +73,7 @@ LOOK = dict(script='look', rank=64)
 GRPO = 'config/teacher_shapes_grpo.py'
 CLEAR, BLUE = (dict(reward=f'data/shapes/world.py:{k}') for k in ('clear', 'blue'))
 WORD_DATA = ['data/shapes/t2i.csv', 'data/shapes/open.csv']
-PAIR = [dict(teacher='clear', data='t2i', samples=17),
+PAIR = [dict(teacher='clear_shapes', data='t2i', samples=17),
         dict(teacher='blue', data='open', samples=17)]
 RL = dict(script='train_teacher', config=GRPO, lora_targets=LAYERS, lr_schedule='cosine',
           eval_data=[], **HALF)
@@ -148,7 +148,8 @@ ARMS = {
     # numbers of 8 and 16 bits
     'bf16': arm(dtype='bfloat16'), 'float8': arm(base_storage='float8'),
     # distil, or reinforce
-    'distilled': arm(teachers=[dict(name=k, lora=f'{{out}}/make-{k}/0') for k in ('clear', 'blue')],
+    'distilled': arm(teachers=[dict(name='clear_shapes', lora='{out}/make-clear/0'),
+                               dict(name='blue', lora='{out}/make-blue/0')],
                      data=WORD_DATA, routes=PAIR, **dict(
                          HALF, needs=('make-half/0', 'make-clear/0', 'make-blue/0'))),
     'rl': arm(max_steps=45, **BOTH), 'rl-whole': arm(max_steps=345, cost=8, **BOTH),
