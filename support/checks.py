@@ -52,7 +52,8 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         if k in above:
             need(is_number(x), f'{k} must be more than 0, not {x!r}')
         elif type(x) in (int, float) and k != 'seed':
-            least = min(int(type(x) is int and k not in FROM_0), defaults[k])
+            own = defaults[k] if type(defaults[k]) in (int, float) else 1      # a default is legal
+            least = min(int(type(x) is int and k not in FROM_0), own)
             need(x >= least, f'{k} must be at least {least}, not {x}')
     for k in sorted({k for m in methods.values() for k in m.settings}):
         need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '
