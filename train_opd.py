@@ -142,8 +142,8 @@ def drifted(z, v, sigma, sigma_next, g):
 
 
 def flow_sde(z, v, sigma, sigma_next, eta):
-    """Flow-GRPO's: g = eta sqrt(sigma / (1 - sigma))."""
-    g = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_next, sigma))).sqrt()
+    """Flow-GRPO's: g = eta sqrt(sigma / (1 - sigma)); where that has a pole, 1 - sigma'."""
+    g = eta * (sigma / (1 - torch.where(sigma >= 0.999, sigma_next, sigma))).sqrt()
     return drifted(z, v, sigma, sigma_next, g)
 
 
@@ -843,7 +843,7 @@ def main(argv):
     student = models.student
     draw = partial(render, models=models, c=c, world=world)
     folder.begin(models, data, held, draw)
-    if folder.first % c.eval_every == 0 and not folder.evaluated():
+    if not folder.evaluated():
         evaluate(folder.first, held, draw, models, c, folder)
 
     for step in (bar := folder.bar()):

@@ -92,6 +92,8 @@ def check_method(c, reads, rewards):
         (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has 0.7'),
         (not policy or c.rollout_guidance == c.student_guidance, 'a policy gradient improves the policy '
          'that drew the samples: rollout_guidance and student_guidance must be equal'),
+        (c.kl_var == 'true' or not policy or rewards[c.reward].attached, f"kl_var = 'code' is about a "
+         f"KL that keeps its gradient; reward = {c.reward!r} has none: leave it at 'true'"),
         (c.kl_var == 'true' or c.eta, "kl_var = 'code' is about an SDE's variance: it needs eta above "
          '0'),
         (c.sde != 'cps' or not c.eta or not kl or (c.drop_last and c.kl_var == 'true'),
