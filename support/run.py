@@ -104,8 +104,9 @@ class Folder:
         return tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=quiet)
 
     def evaluated(self):
-        """Is the evaluation of the step that this run begins with in the log?"""
-        return any(e['step'] == self.first and 'lr' not in e for e in self.history)
+        """Is the step that this run begins with not one to evaluate, or is that in the log?"""
+        due = self.first % self.c.eval_every == 0 or self.first == self.c.max_steps
+        return not due or any(e['step'] == self.first and 'lr' not in e for e in self.history)
 
     def note(self, batch, **numbers):
         """Numbers of each sample, for the next report; gap and reward also by route."""
@@ -124,10 +125,11 @@ class Folder:
 
     def watch(self, step, norm, student):
         """A skipped update is counted and named; too many end the run."""
+        bad_at, self.bad_at = self.bad_at, ''
         if math.isfinite(norm):
             return
-        where = next(filter(None, gather(self.world, [self.bad_at])), f'{self.at}, whose loss was finite')
-        self.bad_at, many = '', sum(student.recent)
+        where = next(filter(None, gather(self.world, [bad_at])), f'{self.at}, whose loss was finite')
+        many = sum(student.recent)
         self.say(f'step {step + 1}: update skipped, its gradient was not finite ({where})')
         need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite gradient, lastly at '
              f'{where}. Lower lr, or use dtype=float32; the last checkpoint in {self.out} is from before')
@@ -333,6 +335,6 @@ def claim(out, resume, meta):
     then, now = old['settings'].get('alpha'), meta['settings']['alpha']    # it would scale what was learned
     need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, or start from it '
          'as an adapter')
-    for k, v in meta['settings'].items():
+    for k, v in json.loads(json.dumps(meta['settings'])).items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
