@@ -129,11 +129,9 @@ def settings_of(world, tmp_path, more):
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / 'bad.py').write_text('steps = 4\nbatch_sise = 4\n')
-    for word, says in (
-            (tmp_path / 'bad.py', 'unknown setting batch_sise, did you mean batch_size?'),
-            ('config/nowhere.py', "no such config file: 'config/nowhere.py'")):
-        p = python('train_opd.py', word, f'--out_dir={tmp_path}/out')
-        assert p.returncode == 2 and says in p.stderr and p.stderr.count('\n') == 1
+    p = python('train_opd.py', tmp_path / 'bad.py', f'--out_dir={tmp_path}/out')
+    assert p.returncode == 2 and p.stderr.count('\n') == 1
+    assert 'bad.py: unknown setting batch_sise, did you mean batch_size?' in p.stderr
     assert not (tmp_path / 'out').exists()
 
 

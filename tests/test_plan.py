@@ -155,7 +155,7 @@ def test_queries_are_distinct_and_in_their_order(rule):
             assert x == sorted(set(x)) and len(x) == k and 0 <= x[0] and x[-1] < 16
 
 
-def frequencies(rule, k, n, draws=20000):
+def frequencies(rule, k, n, draws=10000):
     counts = torch.zeros(n)
     for x in drawn(rule, k, n, draws):
         counts[x] += 1
@@ -175,16 +175,16 @@ def without_replacement(p, k):
 
 
 def test_what_is_taken_is_drawn_again():
-    assert frequencies('uniform', 2, 4) == pytest.approx([0.5] * 4, abs=0.012)
-    assert frequencies('uniform', 3, 4) == pytest.approx([0.75] * 4, abs=0.012)
+    assert frequencies('uniform', 2, 4) == pytest.approx([0.5] * 4, abs=0.018)
+    assert frequencies('uniform', 3, 4) == pytest.approx([0.75] * 4, abs=0.018)
     one = frequencies('low_noise', 1, 4)
     two = frequencies('low_noise', 2, 4)
-    assert two == pytest.approx(without_replacement(one, 2), abs=0.015)
+    assert two == pytest.approx(without_replacement(one, 2), abs=0.02)
 
 
 @pytest.mark.parametrize('k, n', [(1, 4), (2, 4), (2, 5), (3, 4), (3, 7)])
 def test_stratified_queries_include_each_step_equally(k, n):
-    assert frequencies('stratified', k, n) == pytest.approx([k / n] * n, abs=0.012)
+    assert frequencies('stratified', k, n) == pytest.approx([k / n] * n, abs=0.018)
 
 
 @pytest.mark.parametrize('k, of', [(1, 16), (2, 8), (1, 32)])

@@ -1,4 +1,4 @@
-"""Settings: every config's dry run, the table before step 0, what a method does not read."""
+"""Settings: the table before step 0, choices, what a method does not read."""
 from conftest import *
 
 CONFIGS = sorted((ROOT / 'config').glob('*.py'))
@@ -12,28 +12,13 @@ def settings_of(path):
     return configure(script_of(path).SETTINGS, [str(path)])
 
 
-@pytest.fixture
-def nothing_is_loaded(monkeypatch):
-    """Teachers that are still to be made, hub ids, rewards' models: taken for there."""
-    for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        monkeypatch.delenv(k, raising=False)
-    monkeypatch.setattr(checks, 'is_hub_id', lambda path: True)
-    monkeypatch.setattr(merge_lora, 'read_adapter', lambda path: {})
-    monkeypatch.setattr(rewards, 'check', lambda name: None)
-    monkeypatch.setattr(T.Models, 'open', lambda *a, **k: pytest.fail('weights were loaded'))
-
-
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_dry_run_of_every_config(path, capsys, nothing_is_loaded):
-    script_of(path).main([str(path), '--dry_run'])
-    assert 'settings and data are fine' in capsys.readouterr().out
+def test_nothing_of_the_demonstration_is_in_another_models_config(path):
     c = settings_of(path)
-    others = [settings_of(p).out_dir for p in CONFIGS if p != path]
-    assert c.out_dir.startswith('out/') and c.out_dir not in others
-    if 'shapes' not in path.name:                              # nothing of the demonstration
+    if 'shapes' not in c.model:
         smallest = min(c.resolution) if isinstance(c.resolution, (list, tuple)) else c.resolution
         assert not c.score and smallest >= 512
-        assert not any('shapes' in str(v) for v in (c.model, c.data, c.eval_data, c.out_dir))
+        assert not any('shapes' in str(v) for v in (c.data, c.eval_data, c.out_dir))
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
