@@ -67,7 +67,7 @@ WAYS = dict(
 
 
 def counting(monkeypatch, method):
-    """A list that gets each forward of a method's updates, and of nothing else: gradient counts 3."""
+    """A list that gets each forward of a method's updates: with gradient it counts three."""
     spent, learning, velocity, own = [], [], T.Field.velocity, T.METHODS[method]
 
     def watched(generator):
@@ -124,7 +124,7 @@ def rehearse(method, models=T.Models, watch=lambda c: c, **more):
 
 def test_danceopd_costs_no_more_forwards_than_it_needs():
     each = rehearse('danceopd', steps=16, query='low_noise') / 16
-    assert 13.8 < each < 16.2                # 10.9 of the rollout, 1 of the teacher, 3 of the student
+    assert 13.8 < each < 16.2                # 10.9 rolling out, 1 of the teacher, 3 of the student
 
 
 class Traced:
@@ -141,10 +141,10 @@ class Traced:
 
 
 def misfits(read, methods):
-    """Settings that a method reads, others do not, and its entry does not name; or names in vain."""
+    """Settings that some methods read, and an entry does not name; or names in vain."""
     everywhere = set.intersection(*read.values())
-    wrong = {m: (read[m] - everywhere - set(methods[m].settings), set(methods[m].settings) - read[m])
-             for m in read}
+    named = {m: set(methods[m].settings) for m in read}
+    wrong = {m: (read[m] - everywhere - named[m], named[m] - read[m]) for m in read}
     return {m: pair for m, pair in wrong.items() if any(pair)}
 
 

@@ -124,7 +124,8 @@ def test_a_batch_that_does_not_divide_says_what_would(world, tmp_path, monkeypat
     with pytest.raises(BadInput, match='batch_size = 10 does not divide .* nearest .* is 8'):
         T.main(world.opd(tmp_path / 'x', batch_size=10))
     with pytest.raises(BadInput, match='batch_size = 12 does not divide .* nearest .* is 16'):
-        train_teacher.main(world.teacher(tmp_path / 'x', method='grpo', group_size=4, batch_size=12))
+        train_teacher.main(world.teacher(tmp_path / 'x', method='grpo', group_size=4,
+                                         batch_size=12))
 
 
 # -------------------- queries

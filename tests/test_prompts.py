@@ -84,7 +84,7 @@ def test_what_is_needed_is_there_and_never_more_than_the_limit_and_a_batch(most)
     assert max(peak) <= (most + 5) * ONE
     if most >= 60:
         assert net.visits == 1 and len(net.seen) == len({p for step in steps for p in step})
-    if most == 20:                                             # visits bring what comes next as well
+    if most == 20:                                             # visits bring what comes next
         assert net.visits < 30
 
 

@@ -33,7 +33,7 @@ def test_a_stochastic_step_has_the_transitions_mean_and_deviation():
         assert x.mean().item() == pytest.approx(mean.item(), abs=off)
         assert x.std().item() == pytest.approx(std.item(), rel=0.04)
         apart = torch.corrcoef(torch.cat([x[:-1, :, 0, 0], x[1:, :, 0, 0]], 1).T) - torch.eye(4)
-        assert apart.abs().max() < 0.08                        # dimensions and samples are independent
+        assert apart.abs().max() < 0.08                        # of dimensions, of samples
 
 
 # -------------------- all of them

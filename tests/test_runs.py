@@ -61,14 +61,17 @@ KILLED = '''if True:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.1))
         while k % 2:                                           # stop, and look: is it saving?
-            os.kill(pid, signal.SIGSTOP), os.waitpid(pid, os.WUNTRACED)
+            os.kill(pid, signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)
             if list(out.glob('.writing_step_*')):
                 break
-            os.kill(pid, signal.SIGCONT), time.sleep(random.uniform(0, 0.005))
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(random.uniform(0, 0.005))
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, 'it ended before it was killed'
         for whole in (R.newest(out), (out / 'latest').resolve()):
-            torch.load(whole / 'train_state.pt', weights_only=True), (whole / 'meta.json').read_text()
+            torch.load(whole / 'train_state.pt', weights_only=True)
+            (whole / 'meta.json').read_text()
     last = int(R.newest(out).name[5:]) + 3
     assert os.waitpid(start(f'--max_steps={last}'), 0)[1] == 0
     print(last)

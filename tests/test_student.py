@@ -221,7 +221,8 @@ def test_compiled_blocks_say_and_learn_the_same(world, monkeypatch):
             target = models.velocity('one', batch, z, torch.tensor([0.8, 0.3]))
         v = models.velocity('student', batch, z, torch.tensor([0.8, 0.3]))
         T.velocity_error(v, target).sum().backward()
-        said += [(target, v.detach(), torch.cat([p.grad.flatten() for p in student.params.values()]))]
+        gradient = torch.cat([p.grad.flatten() for p in student.params.values()])
+        said.append((target, v.detach(), gradient))
     torch._dynamo.reset()
     assert compiled == ['JointTransformerBlock'] * 4
     for plain, fast in zip(*said):

@@ -19,7 +19,7 @@ def test_combined_advantage():
     assert total.tolist() == pytest.approx([1, -2, 1, 0, 0, 0], abs=1e-4)
     assert alive.tolist() == [True, False]
     total, _ = combined([a, b], [1.0, 2.0], 3, clip=0.5)
-    assert total.tolist() == pytest.approx([.5, -.5, .5, 0, 0, 0])     # each is clipped, then the sum
+    assert total.tolist() == pytest.approx([.5, -.5, .5, 0, 0, 0])   # each clipped, then the sum
     _, alive = combined([torch.tensor([1.0, 1.0, 2.0, 1.0])], [1.0], 2)
     assert alive.tolist() == [False, True]
 
@@ -43,7 +43,7 @@ def test_interpolate():
     torch.testing.assert_close(r, want)
     asked.insert(1, torch.tensor([2, 1]))
     r = train_teacher.interpolate(x0, asked, torch.tensor([values[0], [8.0, 30.0], values[1]]))
-    half = 0.5 ** 0.5                                          # step 1 looks like 0, and half like 2
+    half = 0.5 ** 0.5                                          # step 1 is like 0, and half like 2
     assert r[:, 0].tolist() == pytest.approx([1, (1 + half * 8) / (1 + half), 8, 2])
     assert r[:, 1].tolist() == pytest.approx([10, 30, (half * 30 + 20) / (1 + half), 20])
 
@@ -65,7 +65,7 @@ def test_sdpo_loss():
     assert logp.grad.tolist() == pytest.approx([0, 0.95, 3.6, 0], abs=1e-5)
     one = torch.tensor([1.0, 0.0])
     back = train_teacher.sdpo_loss(-0.5 * one, 0 * one, one, torch.ones(2), 0.2)
-    assert back.tolist() == pytest.approx([2.25])              # on the wrong side nothing is clipped
+    assert back.tolist() == pytest.approx([2.25])              # the wrong way: nothing is clipped
 
 
 def test_buffered():
@@ -166,7 +166,7 @@ def test_groups_without_a_difference_are_skipped_and_counted(method, world, tmp_
     groups = 8 // TEACHERS[method]['group_size']
     assert log(out, 'groups') == log(out, 'skipped_groups') == [groups, groups]
     assert log(out, 'skipped_share') == [1, 1]
-    assert log(out, 'kl') == ([] if method == 'grpo' else [0, 0])      # nothing learned, or looked at
+    assert log(out, 'kl') == ([] if method == 'grpo' else [0, 0])      # grpo looked at nothing
     if method == 'grpo':
         assert log(out, 'idle') == [2, 4] and torch.equal(weights(out, 0), weights(out, 2))
 
@@ -315,7 +315,8 @@ MISTAKES = {
     'group_size = 4: SDPO compares two trajectories': dict(SDPO, group_size=4),
     "same_noise = False: SDPO's pairs": dict(SDPO, same_noise=False),
     'words: "a red circle on white" has no target_image': dict(method='sft'),
-    r"no reward is called 'shape', did you mean shapes\?": dict(GRPO, reward=[dict(reward='shape')]),
+    r"no reward is called 'shape', did you mean shapes\?": dict(
+        GRPO, reward=[dict(reward='shape')]),
     'nowhere.py:score: no such file': dict(GRPO, reward=[dict(reward='nowhere.py:score')]),
     r'judges.py:nun: .* has no such function, did you mean nan\?': dict(
         GRPO, reward=[dict(reward='HERE/judges.py:nun')]),
