@@ -114,7 +114,7 @@ def small(x, most=384):
 
 def open_models(c, adapter):
     """(models, the name by which the adapter, or the bare base, is asked)."""
-    models = Models(open_field(c.model, c.dtype, launch(c.device).device, c.family,
+    models = Models(open_field(c.model, c.dtype, launch(c.device, not c.verify).device, c.family,
                                c.max_sequence_length, c.distilled_guidance, c.base_storage))
     if not adapter:
         return models, 'base'
