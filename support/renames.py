@@ -102,4 +102,6 @@ def by_diffusers(adapter, shapes, pipeline):
         given = convert_unet_state_dict_to_peft(given[0] if isinstance(given, tuple) else given)
     except Exception:  # whatever its tables do with names of another model
         return adapter
+    if not given:                # it knew none of them
+        return adapter
     return parse({k: x.clone() for k, x in given.items()}, 'the adapter as diffusers renames it')

@@ -153,6 +153,8 @@ def test_routes_of_different_sizes_learn_in_one_run(tmp_path):
     seen, velocity = set(), T.Models.velocity
 
     def watched(self, who, batch, z, *a, **k):
+        if z.shape[1] == 1:                                    # the table's rehearsal
+            return velocity(self, who, batch, z, *a, **k)
         seen.update((who, s.label, tuple(z.shape[2:])) for s in batch if s.label)
         assert {s.size for s in batch} == {tuple(z.shape[2:])}         # here a pixel is a latent
         return velocity(self, who, batch, z, *a, **k)
