@@ -19,8 +19,8 @@ from train_opd import denoise, first_states
 
 GUIDANCE = 3.0                      # ours: 1 is none
 EXACT, ROUNDED = 2e-3, 0.25         # the largest difference, as a share of the pictures' range
-LOW = """Where {} is used, the pipeline rounds its latents at every step and ours does not, so that
-only gross mistakes are found: for a sharp answer --dtype=float32, on a --device=cpu if need be."""
+LOW = """Where {} is used, the pipeline rounds latents and times at every step and ours does not, so
+that only gross mistakes are found: a sharp answer has --dtype=float32, if need be --device=cpu."""
 
 
 class Untold(Exception):
