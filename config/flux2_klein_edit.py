@@ -5,21 +5,23 @@
 # Memory: about 15 GB at 1024 pixels and 17 GB while words are encoded (computed, not measured: base
 # in bf16 7.8 GB, Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations 4 GB for
 # 8704 tokens: the picture's, its source's and 512 of text). The 9B: 28 GB and 37 GB.
+import os
+_make = 'python train_teacher.py config/teacher_flux2_klein_edit_sft.py'
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
 family = 'Flux2KleinPipeline'
 resolution = 1024
 max_sequence_length = 512                         # the pipeline's: the padding is seen
-teachers = [dict(name='local_edit', lora='out/klein_local_edit', guidance=4.0),
-            dict(name='global_edit', lora='out/klein_global_edit', guidance=4.0)]  # the pipeline's
-routes = [dict(teacher='local_edit', data='local_edit'),
-          dict(teacher='global_edit', data='global_edit')]
+teachers = [dict(name='local_edit', lora='out/klein_local_edit', guidance=4.0, make=_make),
+            dict(name='global_edit', lora='out/klein_global_edit', guidance=4.0,
+                 make=f'{_make} config/teacher_global_edit.py')]
+routes = [dict(teacher=_k, data=_k) for _k in ('local_edit', 'global_edit')]
 routes_per_step = 1                               # published, with equal weights
-data = ['data/examples/local_edit.csv', 'data/examples/global_edit.csv']  # 16 pairs, to try it
-eval_data = []                                    # for real: thousands (data/omniedit/prepare.py)
+_folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
+data = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
+eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
 init_from = 'merge'                               # ours: the base can edit, and so can the mean
-rank = 64
-alpha = 64.0
+rank, alpha = 64, 64.0
 rollout_guidance = student_guidance = 1.0         # ours: guidance is learned, forwards are half
 steps = 16                                        # from here to max_steps DanceOPD's
 method = 'danceopd'

@@ -1,38 +1,40 @@
-# DiffusionOPD (2605.15055): its three published teachers, trained by reward, into one student; every state
-# of the rollout is learned from. All weights are public: this one runs as it is.
-# Memory: about 20 GB (estimated: base in bf16 5 GB, adapters of rank 32 1 GB, the rest activations; the
-# text encoders, 11 GB, visit the GPU before training).
+# DiffusionOPD (2605.15055): its three published teachers, trained by reward, into one student;
+# every state of the rollout is learned from. Base and teachers are public: this one runs as it is.
+# Memory, computed, not measured: 20 GB (base in bf16 5 GB, adapters of rank 32 and the optimizer 1
+# GB, the rest activations; before training the text encoders, 11 GB, are there, and the base is
+# not).
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
-resolution = 512
-teachers = [dict(name='pickscore', lora='quanhaol/DiffusionOPD/AesTeacher/lora', guidance=4.5),
-            dict(name='ocr', lora='quanhaol/DiffusionOPD/OCRTeacher/lora', guidance=4.5),
-            dict(name='geneval', lora='quanhaol/DiffusionOPD/GenEvalTeacher/lora', guidance=1.0)]
+resolution = 512                            # from here to ema_every as published, but for
+teachers = [                                # what is said to be ours
+    dict(name='pickscore', lora='quanhaol/DiffusionOPD/AesTeacher/lora', guidance=4.5),
+    dict(name='ocr', lora='quanhaol/DiffusionOPD/OCRTeacher/lora', guidance=4.5),
+    dict(name='geneval', lora='quanhaol/DiffusionOPD/GenEvalTeacher/lora', guidance=1.0)]
 routes = [dict(teacher='pickscore', data='aesthetic', samples=24),
           dict(teacher='ocr', data='ocr', samples=24),
           dict(teacher='geneval', data='geneval', samples=24)]
-routes_per_step = 'all'                           # one update from all tasks
+routes_per_step = 'all'                     # one update from all tasks
 data = ['data/examples/aesthetic.txt', 'data/examples/ocr.txt', 'data/examples/geneval.txt']
-eval_data = []                                    # 24 prompts each, to try it; a run wants thousands
+eval_data = []                              # ours: 24 prompts each, to try it; thousands are wanted
 
-init_from = 'base'                                # our choice; 'merge' starts from the teachers' mean
-rank = 32                                         # from here to ema_every as published
+init_from = 'base'                          # ours, as it is not said; 'merge' is the mean of all
+rank = 32
 alpha = 64.0
 steps = 10
-eta = 0.0                                         # the ODE, which converges about five times faster
+eta = 0.0                                   # the ODE, which converges about five times faster
 rollout_guidance = student_guidance = 4.5
-method = 'diffusionopd'                           # their release: also drop_last = 1
+method = 'diffusionopd'                     # ours: all steps; their release: drop_last = 1
 batch_size = 72
-betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
+betas = [0.9, 0.999]                        # the release's
 lr = 3e-4
 weight_decay = 1e-4
 ema_decay = 0.9
 ema_every = 8
-lr_schedule = 'constant'
+lr_schedule = 'constant'                    # ours, as all below and the warm-up
 micro_batch = 9
 grad_checkpointing = True
-max_steps = 1000                                  # our choice
+max_steps = 1000
 eval_every = 100
-sample_steps = 40                                 # published, for evaluation
+sample_steps = 40                           # published, for evaluation
 score = ''
 out_dir = 'out/sd35_opd'

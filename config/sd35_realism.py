@@ -1,32 +1,36 @@
-# DanceOPD's realism experiment: a fully fine-tuned SD3.5-medium as the teacher of a LoRA. Theirs is not
-# published: any folder or hub id with the transformer of a fine-tuned SD3.5-medium does.
-# Memory: about 24 GB at 1024 pixels (estimated: base and teacher in bf16 5 GB each, adapter and optimizer 2
-# GB, the rest activations).
-model = 'stabilityai/stable-diffusion-3.5-medium'
+# DanceOPD's realism experiment: a fully fine-tuned SD3.5-medium as the teacher of a LoRA. Theirs
+# is not published. Any folder or hub id with the transformer of a fine-tuned SD3.5-medium does;
+# without one, `make` is a rehearsal: a LoRA learned from pictures, added to the base's weights.
+# Memory, computed, not measured: 24 GB at 1024 pixels (base and teacher in bf16 5 GB each, adapter
+# and optimizer 2 GB, the rest activations); teacher_offload = True keeps the teacher on the CPU
+# meanwhile.
+_base = 'hf download stabilityai/stable-diffusion-3.5-medium --include "transformer/*"'
+model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
 resolution = 1024
-teachers = [dict(name='realism', checkpoint='your-name/sd35-medium-realism')]
+teachers = [dict(name='realism', checkpoint='out/sd35_realism_full',
+                 make='python train_teacher.py config/teacher_sd35_style_sft.py && '
+                      'python merge_lora.py --adapters=out/sd35_style '
+                      f'--into_base="$({_base})" --out=out/sd35_realism_full')]
 routes = [dict(teacher='realism', data='t2i')]
-routes_per_step = 1
-data = ['data/examples/t2i.txt']                  # 30 prompts, to try it; a run wants thousands
-eval_data = []                                    # [] evaluates on the training rows
+data = ['data/examples/t2i.txt']            # 30 prompts, to try it; a run wants thousands
+eval_data = []                              # [] evaluates on the training rows
 
-init_from = 'base'                                # from here to max_steps as published; no guidance at all
+init_from = 'base'                          # from here to max_steps as published
+rollout_guidance = student_guidance = 1.0
 rank = 128
 alpha = 128.0
 steps = 16
 method = 'danceopd'
 query = 'low_noise'
-betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
+betas = [0.9, 0.999]                        # ours: torch's; warm-up and average are ours too
 lr = 2e-4
-lr_schedule = 'constant'
+lr_schedule = 'constant'                    # ours: nothing is said
 max_steps = 3000
-batch_size = 32                                   # 4 accumulated on 8 GPUs; on one 4
-micro_batch = 2
+batch_size = 32                             # published: 4 accumulated; ours: on 8 GPUs
+micro_batch = 2                             # ours, as all below
 grad_checkpointing = True
-ema_decay = 0.99                                  # our choice
-eval_every, save_every = 300, 50
-eval_samples = 8
-sample_steps = 28
+ema_decay = 0.99
+eval_every, save_every, eval_samples, sample_steps = 300, 50, 8, 28
 score = ''
 out_dir = 'out/sd35_realism'

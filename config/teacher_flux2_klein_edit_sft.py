@@ -1,17 +1,18 @@
 # An edit teacher for flux2_klein_edit.py and flux2_klein_24gb.py: imitation of edit pairs, with the
-# source as FLUX.2's reference picture. Once as here for local edits, once for global ones:
-#     python train_teacher.py config/teacher_flux2_klein_edit_sft.py \
-#         --data="['data/omniedit/global_edit.csv']" --out_dir=out/klein_global_edit
+# source as FLUX.2's reference picture. As here local edits; with config/teacher_global_edit.py
+# after it global ones.
 # Memory: about 18 GB at 1024 pixels with two samples a forward, 13 GB at 512, and 17 GB while words
 # are encoded (computed, not measured: base in bf16 7.8 GB, Qwen3 8 GB, adapter of rank 64 with its
 # optimizer 1.9 GB, the rest activations and VAE).
+import os
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
 family = 'Flux2KleinPipeline'
 resolution = 1024
 max_sequence_length = 512                         # the pipeline's: the padding is seen
 method = 'sft'
-data = ['data/examples/local_edit.csv']           # 8 drawn pairs, to try it; for real thousands, as
-eval_data = []                                    # data/omniedit/prepare.py makes them
+_folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
+data = [f'{_folder}/local_edit.csv']              # 8 drawn pairs, to try it, until there are more
+eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
 rank = 64                                         # of the student as well, so it loses nothing
 alpha = 64.0

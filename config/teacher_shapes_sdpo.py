@@ -1,5 +1,6 @@
-# SDPO (2411.11727) on a CPU: a few-step model learns to draw what it is asked for in four steps. The shipped
-# base can do that; one that was stopped early cannot: --model=out/half/base, see the README.
+# SDPO (2411.11727) on a CPU: a few-step model learns to draw what it is asked for in four steps.
+# The shipped base can do that; one that was stopped early cannot: --model=out/half/base, see the
+# README.
 model = 'data/shapes/base'
 family = 'StableDiffusion3Pipeline'
 resolution = 24
@@ -11,18 +12,18 @@ watch_reward = 'shapes'
 
 rank = 8
 alpha = 16.0
-lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out',
-                'net.0.proj', 'net.2', 'norm1.linear', 'norm1_context.linear']
-steps = 6                                         # of which four are drawn with noise and trained
-sample_steps = 4                                  # as the model is to be used
-sde = 'cps'                                       # its last pictures have no noise left in them
+lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj',
+                'to_add_out', 'net.0.proj', 'net.2', 'norm1.linear', 'norm1_context.linear']
+steps = 6                                   # of which four are drawn with noise and trained
+sample_steps = 4                            # as the model is to be used
+sde = 'cps'                                 # its last pictures have no noise left in them
 eta = 0.8
 drop_last = 2
-group_size = 2                                    # its pairs, which start from one noise
-kl_beta = 0.3                                     # the loss is a square of differences: it weighs more here
+group_size = 2                              # its pairs, which start from one noise
+kl_beta = 0.3                               # the loss is a square: this weighs more here
 batch_size = 64
 micro_batch = 64
-lr = 7e-4                                         # more lets the one-step pictures fade
+lr = 7e-4                                   # more lets the one-step pictures fade
 lr_schedule = 'cosine'
 warmup = 10
 ema_decay = 0.95

@@ -1,36 +1,39 @@
-# DanceOPD's main experiment, two edit teachers into one student, on Z-Image. Through diffusers it is the
-# Omni model that takes a source picture; teachers are your own (config/teacher_sd35_edit_sft.py with this
-# model and family).
-# Memory: about 40 GB at 1024 pixels (estimated: base in bf16 12 GB, adapters of rank 128 with their
-# optimizer 10 GB, the rest activations, VAE and the SigLIP encoder). rank = 32 saves 7 GB.
-model = 'Tongyi-MAI/Z-Image-Omni-Base'            # the name it was announced under; or the folder you have
+# DanceOPD's main experiment (2606.27377), two edit teachers into one student, on Z-Image. Through
+# diffusers it is the Omni model that takes a source picture; the paper taught the text-to-image
+# model to, with code of its own. Its teachers are not published: the messages say how to make
+# yours.
+# Memory, computed, not measured: 40 GB at 1024 pixels (base in bf16 12 GB, adapters of rank 128
+# with the optimizer 10 GB, the rest activations, VAE and the SigLIP encoder). rank = 32 saves 7
+# GB.
+import os
+_make = 'python train_teacher.py config/teacher_zimage_edit_sft.py'
+model = 'Tongyi-MAI/Z-Image-Omni-Base'      # as it was announced; or the folder that you have
 family = 'ZImageOmniPipeline'
 resolution = 1024
-max_sequence_length = 512                         # the pipeline's
-teachers = [dict(name='local_edit', lora='your-name/zimage-local-edit-lora'),
-            dict(name='global_edit', lora='your-name/zimage-global-edit-lora')]
-routes = [dict(teacher='local_edit', data='local_edit'), dict(teacher='global_edit', data='global_edit')]
-routes_per_step = 1                               # published, with equal weights
-data = ['data/examples/local_edit.csv', 'data/examples/global_edit.csv']  # 16 drawn pairs, to try it
-eval_data = []                                    # for real: thousands (data/omniedit/prepare.py)
+max_sequence_length = 512                   # the pipeline's
+teachers = [dict(name='local_edit', lora='out/zimage_local_edit', make=_make),
+            dict(name='global_edit', lora='out/zimage_global_edit',
+                 make=f'{_make} config/teacher_global_edit.py')]
+routes = [dict(teacher=_k, data=_k) for _k in ('local_edit', 'global_edit')]
+routes_per_step = 1                         # published, with equal weights
+_folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
+data = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
+eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
-init_from = 'your-name/zimage-local-edit-lora'    # published, GEdit: 5.75; 4.19 merged, 2.70 the global one
-lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0', 'w1', 'w2', 'w3']  # published: attention and feed-forward
-rank = 128                                        # from here to max_steps as published
+init_from = 'out/zimage_local_edit'         # published: 5.75; merged 4.19, global 2.70, T2I 1.89
+lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0', 'w1', 'w2', 'w3']  # published
+rank = 128                                  # from here to max_steps as published
 alpha = 128.0
 steps = 16
 method = 'danceopd'
 query = 'low_noise'
-betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
+betas = [0.9, 0.999]                        # ours: torch's; warm-up and average are ours too
 lr = 2e-4
-lr_schedule = 'constant'
+lr_schedule = 'constant'                    # ours: nothing is said
 max_steps = 3000
-batch_size = 32                                   # 4 accumulated, here times 8 GPUs; on one 4
-micro_batch = 1
-grad_checkpointing = True
-ema_decay = 0.99                                  # our choice
-eval_every, save_every = 300, 50
-eval_samples = 8
-sample_steps = 28
+batch_size = 32                             # published: 4 accumulated; ours: on 8 GPUs
+micro_batch, grad_checkpointing = 1, True   # ours, as all below
+ema_decay = 0.99
+eval_every, save_every, eval_samples, sample_steps = 300, 50, 8, 28
 score = ''
 out_dir = 'out/zimage_edit'

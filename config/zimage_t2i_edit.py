@@ -1,34 +1,38 @@
-# DanceOPD's second experiment on Z-Image: two buckets, text-to-image with the frozen base as its teacher,
-# and edits with one edit LoRA of your own. Editing takes the Omni model, as in zimage_edit.py.
-# Memory: about 40 GB at 1024 pixels (estimated as there).
-model = 'Tongyi-MAI/Z-Image-Omni-Base'            # the name it was announced under; or the folder you have
+# DanceOPD's second experiment on Z-Image: two buckets, text-to-image with the frozen base as its
+# teacher, and edits with one teacher for both kinds. Editing takes the Omni model, see
+# zimage_edit.py.
+# Memory, computed, not measured: 40 GB at 1024 pixels, as there.
+import os
+model = 'Tongyi-MAI/Z-Image-Omni-Base'      # as it was announced; or the folder that you have
 family = 'ZImageOmniPipeline'
 resolution = 1024
-max_sequence_length = 512
-teachers = [dict(name='base'), dict(name='edit', lora='your-name/zimage-edit-lora')]
-routes = [dict(teacher='base', data='t2i', weight=2.0), dict(teacher='edit', data='local_edit'),
-          dict(teacher='edit', data='global_edit')]  # as many text-to-image steps as edit steps
+max_sequence_length = 512                   # the pipeline's
+teachers = [dict(name='base'),
+            dict(name='edit', lora='out/zimage_both_edits',
+                 make='python train_teacher.py config/teacher_zimage_edit_sft.py '
+                      'config/teacher_both_edits.py')]
+routes = [dict(teacher='base', data='t2i', weight=2.0),  # as many steps as both kinds of edits
+          dict(teacher='edit', data='local_edit'), dict(teacher='edit', data='global_edit')]
 routes_per_step = 1
-data = ['data/examples/t2i.txt', 'data/examples/local_edit.csv', 'data/examples/global_edit.csv']
-eval_data = []                                    # examples to try it; a run wants thousands, some held out
+_folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
+_pairs = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
+data = ['data/examples/t2i.txt', *_pairs]   # 30 prompts, to try it; a run wants thousands
+eval_data = [_p.replace('.csv', '_val.csv') for _p in _pairs if 'omniedit' in _p]
 
-init_from = 'your-name/zimage-edit-lora'          # ours: the paper does not state the start of this run
-lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0', 'w1', 'w2', 'w3']  # published: attention and feed-forward
-rank = 128                                        # from here to max_steps as published
+init_from = 'out/zimage_both_edits'         # ours: the paper does not say the start of this run
+lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0', 'w1', 'w2', 'w3']  # published
+rank = 128                                  # from here to max_steps as published
 alpha = 128.0
 steps = 16
 method = 'danceopd'
 query = 'low_noise'
-betas = [0.9, 0.999]                              # torch's own; of betas and warm-up papers say nothing
+betas = [0.9, 0.999]                        # ours: torch's; warm-up and average are ours too
 lr = 2e-4
-lr_schedule = 'constant'
+lr_schedule = 'constant'                    # ours: nothing is said
 max_steps = 3000
-batch_size = 32                                   # 4 accumulated, here times 8 GPUs; on one 4
-micro_batch = 1
-grad_checkpointing = True
-ema_decay = 0.99                                  # our choice
-eval_every, save_every = 300, 50
-eval_samples = 8
-sample_steps = 28
+batch_size = 32                             # published: 4 accumulated; ours: on 8 GPUs
+micro_batch, grad_checkpointing = 1, True   # ours, as all below
+ema_decay = 0.99
+eval_every, save_every, eval_samples, sample_steps = 300, 50, 8, 28
 score = ''
 out_dir = 'out/zimage_t2i_edit'

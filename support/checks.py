@@ -103,8 +103,9 @@ def check_teachers(c):
     names = [t.get('name') for t in c.teachers if isinstance(t, dict)]
     taken = {None, 'student', 'default', 'half', 'float', 'double', 'type', 'to', 'train', 'eval'}
     for t in c.teachers:
-        check_entry(t, 'teacher', 'name', 'name lora checkpoint guidance weight')
+        check_entry(t, 'teacher', 'name', 'name lora checkpoint guidance weight make')
         name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
+        mend = f'; make it with:\n    {t["make"]}' if t.get('make') else REMAKE * path.startswith('data/shapes')
         require([
             (str(name).isidentifier() and name not in taken, f'teacher name {name!r}: a word of '
              'letters, digits and _, and none that torch uses as "half"'),
@@ -113,8 +114,8 @@ def check_teachers(c):
             (is_number(t.get('guidance', 1)), f'teacher {name!r}: guidance must be more than 0, not '
              f'{t.get("guidance")!r}'),
             (name != 'base' or not path, 'the name "base" is the frozen base\'s: give this another'),
-            (is_hub_id(path) or Path(path).expanduser().exists(), f'teacher {name!r}: {path} does not '
-             'exist' + REMAKE * path.startswith('data/shapes'))])
+            (is_hub_id(path) or Path(path).expanduser().exists(),
+             f'teacher {name!r}: {path} does not exist{mend}')])
         if t.get('lora') and not is_hub_id(path):
             merge_lora.read_adapter(path)                      # whole and readable
     need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: '
@@ -186,9 +187,10 @@ def peek(path, families, family=''):
 
 def check(c, defaults, families, choices):
     """train_opd.py's."""
+    names = check_teachers(c)                                  # first: a start may be one of them
     check_settings(c, defaults, choices)
     check_method(c, choices['method'][c.method].settings, choices['reward'])
-    labels = check_routes(c, check_teachers(c))
+    labels = check_routes(c, names)
     data = check_data(c, families, labels, c.states == 'data')
     edits = {b.sources > 0 for b in data.buckets.values()}
     need(c.mixing == 'hard' or len(edits) == 1, "mixing = 'soft' needs routes that all edit, or none")

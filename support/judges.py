@@ -1,6 +1,6 @@
 """
-What an action was worth: advantages within groups, the rewards of a run as train_teacher.py asks them,
-and what SDPO remembers of them.
+What an action was worth: advantages within groups, a run's rewards as train_teacher.py asks for
+them, and the returns that SDPO remembers.
 """
 import itertools
 from collections import deque
@@ -22,27 +22,26 @@ def group_advantage(rewards, group, std=None):
 
 
 def buffered(x, past, batch):
-    """SDPO's advantage of a return: against those remembered of its prompt and step, or, while these are
-    fewer than 16, against the whole batch's of its step."""
+    """SDPO's advantage of a return x, (x - mean) / std: of those remembered of its prompt and step,
+    or, while these are fewer than 16, of the whole batch's of its step."""
     known = torch.tensor(list(past) if len(past) >= 16 else batch)
     return ((x - known.mean()) / (known.std() + 1e-6)).item()
 
 
 class Judges:
-    """The rewards of a run. They are asked in a thread, while the next pictures are made; after a
-    failure nobody is asked any more. And what SDPO remembers of them."""
+    """The rewards of a run. They are asked for in a thread, while the next pictures are made; after
+    a failure nobody is asked any more. And the returns that SDPO remembers."""
 
     def __init__(self, c, folder):
         device, self.folder, self.failed = folder.world.device, folder, None
-        asked = c.reward if c.method != 'sft' else []
-        self.weights = {r['reward']: r.get('weight', 1.0) for r in asked}
+        given = c.reward if c.method != 'sft' else []
+        self.weights = {x['reward']: x.get('weight', 1.0) for x in given}
         self.rewards = {name: rewards.load(name, device) for name in self.weights}
         self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}
         set_gpu = partial(torch.cuda.set_device, device) if device.type == 'cuda' else None
-        self.pool, self.most = ThreadPoolExecutor(1, initializer=set_gpu), c.buffer
-        # returns of a prompt, a reward and a step
-        self.memory = {(p, name, i): deque(v, c.buffer) for p, name, i, v in folder.state
-                       if name in self.weights}
+        self.pool, self.buffer = ThreadPoolExecutor(1, initializer=set_gpu), c.buffer
+        self.memory = {(prompt, name, step): deque(past, c.buffer)
+                       for prompt, name, step, past in folder.state if name in self.weights}
 
     def ask(self, images, rows):
         """A tensor a reward. `submit` does it later."""
@@ -69,16 +68,19 @@ class Judges:
                          skipped_share=dead)
 
     def remember(self, found):
-        """SDPO's advantages of all samples' returns, found = [(number, prompt, returns by reward and
-        step)] of all processes: {number: [of each step]}. All processes remember the same."""
+        """SDPO's advantages {number: [of each step]}, all rewards' added by weight, from the
+        samples of all processes: [(number, prompt, returns by reward and step)]. All processes
+        remember the same."""
         names, found = list(self.weights), sorted(found)
-        each = list(itertools.product(range(len(names)), range(len(found[0][2][0]))))
-        for (_, prompt, x), (r, i) in itertools.product(found, each):
-            self.memory.setdefault((prompt, names[r], i), deque(maxlen=self.most)).append(x[r][i])
-        self.folder.state = [(*k, list(v)) for k, v in self.memory.items()]
-        together = {(r, i): [x[r][i] for _, _, x in found] for r, i in each}
-        advantages = {number: [0.0] * len(x[0]) for number, _, x in found}
-        for (number, prompt, x), (r, i) in itertools.product(found, each):
-            past = self.memory[prompt, names[r], i]
-            advantages[number][i] += self.weights[names[r]] * buffered(x[r][i], past, together[r, i])
+        steps = range(len(found[0][2][0]))
+        each = list(itertools.product(range(len(names)), steps))
+        for (_, prompt, R), (r, i) in itertools.product(found, each):
+            past = self.memory.setdefault((prompt, names[r], i), deque(maxlen=self.buffer))
+            past.append(R[r][i])
+        self.folder.state = [(*k, list(past)) for k, past in self.memory.items()]
+        batch = {(r, i): [R[r][i] for _, _, R in found] for r, i in each}
+        advantages = {number: [0.0] * len(steps) for number, _, _ in found}
+        for (number, prompt, R), (r, i) in itertools.product(found, each):
+            a = buffered(R[r][i], self.memory[prompt, names[r], i], batch[r, i])
+            advantages[number][i] += self.weights[names[r]] * a
         return advantages

@@ -1,6 +1,6 @@
 """
-One frozen base with adapters on it by name: the teachers, and the student that learns; full models
-as teachers; prompts' embeddings. How these are loaded and kept: who is asked when, train_opd.py says.
+One frozen base with adapters on it by name: the teachers, and the student that learns; teachers of
+full weights; prompts' embeddings. How these are loaded and kept; train_opd.py says who is asked.
 """
 import copy, itertools, math, os, warnings
 from collections import deque
@@ -23,10 +23,10 @@ def find_family(families, pipeline, family=''):
     if family.rpartition(':')[0].endswith('.py'):
         return load_function(family)
     name = family or pipeline
-    need(name in families, f'{name} is not a family known here; known are: {", ".join(families)}, and one of '
-         'your own as --family=file.py:Class')
-    found = families[name]
-    return load_function(str(Path(__file__).parent.parent / found)) if isinstance(found, str) else found
+    need(name in families, f'{name} is not a family known here; known are: {", ".join(families)}, '
+         'and one of your own as --family=file.py:Class')
+    found, root = families[name], Path(__file__).parent.parent
+    return load_function(str(root / found)) if isinstance(found, str) else found
 
 
 def check_size(family, pipeline, configs, height, width, editing=False):
@@ -35,44 +35,44 @@ def check_size(family, pipeline, configs, height, width, editing=False):
     most = family.largest(configs, editing) if family else (math.inf, math.inf)
     name = pipeline or 'this model'
     for what, x in (('height', height), ('width', width)):
-        need(x >= unit and x % unit == 0, f'resolution: {name} takes a {what} in multiples of {unit} pixels, '
-             f'not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
-    need(not editing or not pipeline or pipeline in family.editors, f'{pipeline} cannot edit a source image. '
-         'Take source_image out of the data, or take a model that can')
-    need(height <= most[0] and width <= most[1], f'resolution: {height} x {width} is larger than {name}\'s '
-         f'table of positions, {most[0]} x {most[1]} pixels{" with a source" * editing}')
+        need(x >= unit and x % unit == 0, f'resolution: {name} takes a {what} in multiples of '
+             f'{unit} pixels, not {x}; the nearest is {max(unit, round(x / unit) * unit)}')
+    need(not editing or not pipeline or pipeline in family.editors, f'{pipeline} cannot edit a '
+         'source image. Take source_image out of the data, or take a model that can')
+    need(height <= most[0] and width <= most[1], f"resolution: {height} x {width} is larger than "
+         f"{name}'s table of positions, {most[0]} x {most[1]} pixels{' with a source' * editing}")
 
 
 def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=256,
                distilled_guidance=3.5, base_storage=''):
-    """A diffusers folder or hub id -> its field, with the weights loaded; the network is on the CPU."""
+    """A diffusers folder or hub id -> its field, whose network is still on the CPU."""
     import diffusers
-    model_configs(path)                                        # of a folder: is it one, is it whole?
+    model_configs(path)                                        # of a folder: is it one, and whole?
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
     except (OSError, ValueError) as e:
-        raise BadInput(f'model {path} is not here and cannot be fetched: {one_line(e)}. A gated one needs its '
-                       'licence accepted and `hf auth login`') from e
-    kind = find_family(families, index.get('_class_name', ''), family)     # before any weights are loaded
+        raise BadInput(f'model {path} is not here and cannot be fetched: {one_line(e)}. A gated '
+                       'one needs its licence accepted and `hf auth login`') from e
+    kind = find_family(families, index.get('_class_name', ''), family)     # before any weights
     pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
-    for part in (net, pipe.vae):
-        check_whole(part, f'model {path}')
+    for m in (net, pipe.vae):
+        check_whole(m, f'model {path}')
     if base_storage:
         store_small(net)
     field = kind(pipe, device, max_sequence_length, distilled_guidance)
-    for name, m in pipe.components.items():                    # network and encoders come in their turn
+    for name, m in pipe.components.items():                    # network, encoders: in their turn
         if isinstance(m, torch.nn.Module) and m is not net and not name.startswith('text_encoder'):
             m.to(device)
     return field
 
 
 def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
-    """A diffusers folder or hub id -> its pipeline, by a name that is not '' if it is not its own."""
+    """A diffusers folder or hub id -> its pipeline; of the class `pipeline`, '' its own."""
     import diffusers, transformers
-    for x in (diffusers.utils.logging, transformers.utils.logging):
-        x.set_verbosity_error()
-        x.disable_progress_bar()
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     pipeline = pipeline or index['_class_name']
     unused = [k for k in UNUSED if k in index]
     low = 'bfloat16' if torch.device(device).type == 'cuda' else 'float32'
@@ -80,17 +80,20 @@ def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
     # float32 for the VAE; but Omni's pipeline encodes sources in its transformer's dtype
     kinds = dtype if 'Omni' in pipeline else {'default': dtype, 'vae': torch.float32}
     try:
-        encoders = {k: open_encoder(getattr(transformers, v[1]), path, k, dtype) for k, v in index.items()
-                    if k.startswith('text_encoder') and isinstance(v, list) and v[0] == 'transformers'}
+        wanted = {k: v for k, v in index.items() if k.startswith('text_encoder')
+                  and isinstance(v, list) and v[0] == 'transformers'}
+        encoders = {k: open_encoder(getattr(transformers, v[1]), path, k, dtype)
+                    for k, v in wanted.items()}
         pipe = getattr(diffusers, pipeline).from_pretrained(
             path, dtype=kinds, use_safetensors=True, **encoders, **dict.fromkeys(unused))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as e:
-        raise BadInput(f'model {path} does not load as a {pipeline}: {one_line(e) or type(e).__name__}. Fetch '
-                       'it again with `hf download`; a gated one needs its licence accepted and '
-                       '`hf auth login`') from e
-    for name, part in pipe.components.items():
-        if name.startswith('tokenizer') and part is not None:
-            check_tokenizer(part, f'{path}/{name}')
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError,
+            ImportError) as e:
+        raise BadInput(f'model {path} does not load as a {pipeline}: '
+                       f'{one_line(e) or type(e).__name__}. Fetch it again with `hf download`; a '
+                       'gated one needs its licence accepted and `hf auth login`') from e
+    for name, component in pipe.components.items():
+        if name.startswith('tokenizer') and component is not None:
+            check_tokenizer(component, f'{path}/{name}')
     return pipe
 
 
@@ -98,9 +101,10 @@ def open_encoder(kind, path, name, dtype):
     """A text encoder. transformers would fill what its file lacks with random numbers."""
     net, info = kind.from_pretrained(path, subfolder=name, dtype=dtype, use_safetensors=True,
                                      output_loading_info=True, ignore_mismatched_sizes=True)
-    for what, found in (('lack', info['missing_keys']), ('have other shapes for', info['mismatched_keys'])):
-        need(not found, f'model {path}: the weights of its {name} {what} {len(found)} of the tensors that its '
-             f'config asks for, as {sorted(map(str, found))[:1]}; fetch it again')
+    for what, found in (('lack', info['missing_keys']),
+                        ('have other shapes for', info['mismatched_keys'])):
+        need(not found, f'model {path}: the weights of its {name} {what} {len(found)} of the '
+             f'tensors that its config asks for, as {sorted(map(str, found))[:1]}; fetch it again')
     return net
 
 
@@ -126,8 +130,9 @@ def store_small(net):
 
 # -------------------- prompts
 class Prompts:
-    """Text embeddings, on the CPU, by what a text encoder sees of a row. The encoders visit the device
-    for what is missing, while the network is away, and for what is expected next, if there is room."""
+    """Text embeddings, on the CPU, by what a text encoder sees of a row. The encoders visit the
+    device for what is missing, while the network is away, and for what is expected next, if there
+    is room."""
 
     def __init__(self, network, gb):
         self.network, self.field, self.most = network, network.field, gb * 1e9
@@ -138,9 +143,9 @@ class Prompts:
         return row['prompt'], source if self.field.sees_source else bool(source)
 
     def begin(self, rows, buckets):
-        """The rows that a run evaluates on; and all of its data, if that has room: then the encoders are
-        not needed any more."""
-        rows = [r for r in rows] or [b[0] for b in buckets.values()]
+        """The rows that a run evaluates on; and all of its data, if there is room: then no encoder
+        is needed any more."""
+        rows = list(rows) or [b[0] for b in buckets.values()]
         self.add(k for r in rows for k in (self.key(r), ('', self.key(r)[1])))
         most, keys = self.most / (self.bytes / len(self.known)), dict.fromkeys(self.known)
         for row in itertools.chain(*buckets.values()):
@@ -156,23 +161,24 @@ class Prompts:
         self.coming = (self.key(r) for r in rows)
 
     def add(self, keys, ahead=4096):
-        """Encodes what is missing, one prompt at a time: its embedding depends on nothing else, so that a
-        resume is exact. Of what has been known for longest, half goes if there is no room."""
+        """Encodes what is missing, one prompt at a time: its embedding depends on nothing else, so
+        that a resume is exact. If there is no room, half goes: what was not used lately."""
         keys = dict.fromkeys(keys)
         missing = [k for k in keys if k not in self.known]
         if not missing:
             return
         for k in [k for k in self.known if k not in keys] if self.bytes > self.most / 2 else ():
             if self.bytes > self.most / 2:
-                self.bytes -= weight(self.known.pop(k))
+                self.bytes -= nbytes(self.known.pop(k))
         with self.network.away():
             more = itertools.islice(self.coming, ahead)
-            bar = tqdm(itertools.chain(missing, more), desc='encoding prompts', delay=3, leave=False, disable=None)
+            bar = tqdm(itertools.chain(missing, more), desc='encoding prompts', delay=3,
+                       leave=False, disable=None)
             for n, key in enumerate(bar):
                 if key not in self.known:
                     found = self.field.encode(*key)
                     self.known[key] = {k: to_device(x, 'cpu') for k, x in found.items()}
-                    self.bytes += weight(self.known[key])
+                    self.bytes += nbytes(self.known[key])
                 if n + 1 >= len(missing) and self.bytes > self.most:
                     break
 
@@ -192,9 +198,8 @@ class Prompts:
             s.cond, s.empty = {**here[key], **source}, {**here[nothing], **source}
 
 
-def weight(found):
-    """Bytes of an embedding."""
-    return sum(x.nbytes for v in found.values() for x in (v if isinstance(v, list) else [v]))
+def nbytes(embedding):
+    return sum(x.nbytes for v in embedding.values() for x in (v if isinstance(v, list) else [v]))
 
 
 def to_device(x, device):
@@ -214,38 +219,42 @@ def attach(net, name, adapter, dtype=None):
     add_adapter(net, name, r=1, lora_alpha=1, target_modules=sorted(adapter))
     for key, (A, B, scale) in adapter.items():
         layer = net.get_submodule(key)
-        for part, x in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
+        for linear, x in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
             x = x.to(layer.weight.device, dtype or x.dtype)
-            part.weight = torch.nn.Parameter(x, requires_grad=False)
+            linear.weight = torch.nn.Parameter(x, requires_grad=False)
         layer.scaling[name], layer.r[name] = float(scale), A.shape[0]
 
 
 class Network:
-    """A field's network with the teachers' adapters on it, the full models beside it, and prompts."""
+    """A field's network with the teachers' adapters on it, those of full weights beside it, and the
+    prompts' embeddings."""
 
     def __init__(self, field, teachers=(), cache_gb=4.0, mixing='hard', offload=False, small=False):
-        self.field, self.mixing, self.offload, self.small = field, mixing, offload, small
+        self.field, self.mixing, self.offload = field, mixing, offload
         self.teachers, self.schedules = {t['name']: t for t in teachers}, {}
         self.adapters, self.full, self.gigabytes = {'student'}, {}, {}
         for name, t in self.teachers.items():
             if t.get('lora'):
-                adapter = self.fit(merge_lora.read_adapter(t['lora']), f'teacher {name!r}')
-                need(merge_lora.size(adapter) > 0, f'teacher {name!r} has the velocity of the base: its '
-                     'weights do nothing')
-                attach(field.net, name, adapter, field.dtype)
-                self.adapters.add(name)
-                numbers = sum(A.numel() + B.numel() for A, B, _ in adapter.values())
-                self.gigabytes[name] = numbers * field.dtype.itemsize / 1e9
-            elif t.get('checkpoint'):                          # full weights: a second denoiser
+                self.add_lora(name, t['lora'])
+            elif t.get('checkpoint'):                          # a second denoiser
                 self.full[name] = copy.copy(field)
-                net = self.full[name].net = self.load_full(t['checkpoint'])
+                net = self.full[name].net = open_full(t['checkpoint'], field, small)
                 self.gigabytes[name] = sum(p.nbytes for p in net.parameters()) / 1e9
         self.prompts = Prompts(self, cache_gb)
         self.refresh()
 
+    def add_lora(self, name, path):
+        adapter = self.fit(merge_lora.read_adapter(path), f'teacher {name!r}')
+        need(merge_lora.size(adapter) > 0, f'teacher {name!r} has the velocity of the base: its '
+             'weights do nothing')
+        attach(self.field.net, name, adapter, self.field.dtype)
+        self.adapters.add(name)
+        numbers = sum(A.numel() + B.numel() for A, B, _ in adapter.values())
+        self.gigabytes[name] = numbers * self.field.dtype.itemsize / 1e9
+
     @classmethod
     def open(cls, families, c, device, data, held, teachers=(), checkpoint=None):
-        """All of a run. The words that are known ahead are encoded before the network is on the device."""
+        """All of a run. Prompts known ahead are encoded before the network is on the device."""
         field = open_field(families, c.model, c.dtype, device, c.family, c.max_sequence_length,
                            c.distilled_guidance, c.base_storage)
         for size in {tuple(r['size']) for r in c.routes}:      # of a hub id, known only now
@@ -265,8 +274,8 @@ class Network:
         return self.schedules[n, size]
 
     def encoders(self):
-        parts = self.field.pipe.components.items()
-        return [m for k, m in parts if k.startswith('text_encoder') and m is not None]
+        return [m for k, m in self.field.pipe.components.items()
+                if k.startswith('text_encoder') and m is not None]
 
     def drop_encoders(self):
         for k in [k for k in self.field.pipe.components if k.startswith('text_encoder')]:
@@ -316,46 +325,53 @@ class Network:
             raise BadInput(f'{what}: {e}') from e
         return merge_lora.fit(adapter, shapes, what)
 
-    def load_full(self, path):
-        own, path = self.field.net, os.path.expanduser(path)
-        alone = (Path(path) / 'config.json').exists()          # the network, or a whole pipeline
-        try:
-            net = type(own).from_pretrained(path, subfolder=None if alone else self.field.prefix,
-                                            dtype=self.field.dtype, use_safetensors=True)
-        except Exception as e:
-            raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
-                           f'diffusers folder or hub id of the same family. It said: {str(e)[:300]}') from e
-        check_whole(net, f'checkpoint {path}')
-        for k in ('in_channels', 'out_channels'):
-            need(net.config.get(k) == own.config.get(k), f'checkpoint {path} has another {k}')
-        if self.small:
-            store_small(net)
-        mine = {k.replace('.base_layer', ''): p for k, p in own.named_parameters()}
-        need(any(k in mine and not torch.equal(p, mine[k].cpu()) for k, p in net.named_parameters()),
-             f'checkpoint {path} has the weights of the base')
-        return net.requires_grad_(False).eval()
-
     def refresh(self):
         """After an adapter was added."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         self.layers = [m for m in self.field.net.modules() if isinstance(m, BaseTunerLayer)]
-        for m in self.layers:                  # autocast does it; PEFT would copy every input once more
+        for m in self.layers:                                  # autocast does it: not twice
             m.cast_input_dtype_enabled = False
-        for n, p in self.field.net.named_parameters():         # attaching makes an adapter trainable
+        for n, p in self.field.net.named_parameters():         # attaching makes adapters trainable
             p.requires_grad_('.student.' in n)
 
     def derived(self):
         """Lines of the table before the first step: what is known only with the weights loaded."""
-        s = self.student
-        numbers = sum(p.numel() for p in s.params.values())
-        yield 'student', f'rank {s.rank} on {len(s.names)} layers: {numbers:,} numbers'
-        yield 'a checkpoint', f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume needs'
+        student, rank, lost = self.student, self.student.rank, self.student.lost
+        numbers = sum(p.numel() for p in student.params.values())
+        yield 'student', f'rank {rank} on {len(student.names)} layers: {numbers:,} numbers'
+        yield 'a checkpoint', (f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume '
+                               'needs')
+        base = sum(p.nbytes for n, p in self.field.net.named_parameters() if '.lora_' not in n)
+        yield 'base', f'{base / 1e9:.4f} GB'
         for name, gb in self.gigabytes.items():
             yield f'teacher {name}', f'{gb:.4f} GB'
-        if s.lost:
-            yield 'start', f'cut to rank {s.rank}, it differs from the exact one by {s.lost:.1%}'
-        if s.lost > 0.05:
-            yield 'WARNING', f'that is more than 5 %: rank {s.whole_rank} would hold the start whole'
+        if lost:
+            yield 'start', f'cut to rank {rank}, it differs from the exact one by {lost:.1%}'
+        if lost > 0.05:
+            yield 'WARNING', (f'that is more than 5 %: rank {student.whole_rank} would hold the '
+                              'start whole')
+
+
+def open_full(path, field, small=False):
+    """A teacher's network of full weights, on the CPU: the field's kind, and not the base."""
+    own, path = field.net, os.path.expanduser(path)
+    alone = (Path(path) / 'config.json').exists()              # the network, or a whole pipeline
+    try:
+        net = type(own).from_pretrained(path, subfolder=None if alone else field.prefix,
+                                        dtype=field.dtype, use_safetensors=True)
+    except Exception as e:
+        raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
+                       'diffusers folder or hub id of the same family. It said: '
+                       f'{str(e)[:300]}') from e
+    check_whole(net, f'checkpoint {path}')
+    for k in ('in_channels', 'out_channels'):
+        need(net.config.get(k) == own.config.get(k), f'checkpoint {path} has another {k}')
+    if small:
+        store_small(net)
+    base = {k.replace('.base_layer', ''): p for k, p in own.named_parameters()}
+    need(any(k in base and not torch.equal(p, base[k].cpu()) for k, p in net.named_parameters()),
+         f'checkpoint {path} has the weights of the base')
+    return net.requires_grad_(False).eval()
 
 
 # -------------------- the student
@@ -377,7 +393,7 @@ class Student:
         need(all(hits.values()), 'lora_targets: no linear layer of the model is called '
              f'{", ".join(t for t in hits if not hits[t])}')
         self.names = sorted({k for found in hits.values() for k in found})
-        self.alpha, self.rank, self.decay, self.every = c.alpha, c.rank, c.ema_decay, c.ema_every
+        self.alpha, self.rank = c.alpha, c.rank
         surplus = sorted(set(start or ()) - set(self.names))
         need(not surplus, f'init_from: {len(surplus)} modules of the start, as {surplus[:1]}, are '
              'not in lora_targets; add them there, or leave lora_targets None')
@@ -389,7 +405,7 @@ class Student:
             p.data = torch.randn(p.shape, device=p.device) / c.rank if coarse else p.data.float()
         self.begin(net, start or {}, c.rank)
         self.start, self.ema = self.tensors(), self.tensors() if c.ema_decay else None
-        self.updates = self.skipped = self.idle = 0            # updates made, not finite, without gradient
+        self.updates = self.skipped = self.idle = 0            # made; not finite; without gradient
         self.recent = deque(maxlen=20)                         # which of the last were not finite
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=0.0, betas=tuple(c.betas),
                                            weight_decay=c.weight_decay)
@@ -420,10 +436,11 @@ class Student:
                 p.data.copy_(own[n])
 
     def update(self, lr, c, world):
-        """One optimizer step; the gradients are summed over the processes, once. Where there is none, or
-        one that is not finite, nothing moves. -> the gradient's norm."""
+        """One optimizer step; the gradients are summed over the processes, once. Where there is
+        none, or one that is not finite, nothing moves. -> the gradient's norm."""
         params = self.params.values()
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                          for p in params])
         if world.size > 1:
             dist.all_reduce(flat)
         norm = flat.norm().item()
@@ -443,11 +460,14 @@ class Student:
         return norm
 
     def save(self, folder, prefix):
-        """What people use, the average if there is one, as adapter files; and what a resume needs."""
-        merge_lora.write_adapter(folder, self.modules(self.ema or self.tensors()), self.alpha, prefix)
-        counts = dict(updates=self.updates, skipped=self.skipped, idle=self.idle, recent=list(self.recent))
-        torch.save(dict(student=self.tensors(), averaged=bool(self.ema), counts=counts, alpha=self.alpha,
-                        optimizer=self.optimizer.state_dict()), folder / 'train_state.pt')
+        """What people use, the average if there is one, as adapter files; what a resume needs."""
+        used = self.modules(self.ema or self.tensors())
+        merge_lora.write_adapter(folder, used, self.alpha, prefix)
+        counts = dict(updates=self.updates, skipped=self.skipped, idle=self.idle,
+                      recent=list(self.recent))
+        torch.save(dict(student=self.tensors(), averaged=bool(self.ema), counts=counts,
+                        alpha=self.alpha, optimizer=self.optimizer.state_dict()),
+                   folder / 'train_state.pt')
 
     def modules(self, tensors):
         """{module: (A, B)} as adapter files have it."""
@@ -457,15 +477,17 @@ class Student:
     def load(self, folder, step):
         state = train_state(folder)
         saved = {n: x.shape for n, x in state['student'].items()}
-        need(saved == {n: p.shape for n, p in self.params.items()}, f'{folder} holds another adapter '
-             'than these settings make: rank, lora_targets and model must be those of its meta.json')
+        need(saved == {n: p.shape for n, p in self.params.items()}, f'{folder} holds another '
+             'adapter than these settings make: rank, lora_targets and model must be those of its '
+             'meta.json')
         ema = state.get('ema')                                 # folders of old have it there
         if state.get('averaged'):
             files = merge_lora.read_adapter(folder)
-            ema = {f'{k}.lora_{ab}.student.weight': x for k, m in files.items() for ab, x in zip('AB', m)}
+            ema = {f'{k}.lora_{ab}.student.weight': x for k, m in files.items()
+                   for ab, x in zip('AB', m)}
         for n, p in self.params.items():
             p.data.copy_(state['student'][n])
-            if self.ema:                                       # an average that is new starts from here
+            if self.ema:                                       # a new average begins here
                 self.ema[n].copy_((ema or state['student'])[n])
         counts = state.get('counts', dict(updates=step, skipped=0, idle=0, recent=[]))
         self.updates, self.skipped, self.idle = (counts[k] for k in ('updates', 'skipped', 'idle'))
@@ -474,8 +496,8 @@ class Student:
         try:
             self.optimizer.load_state_dict({**own, 'state': state['optimizer']['state']})
         except (ValueError, KeyError, TypeError) as e:
-            raise BadInput(f'{folder}/train_state.pt has another optimizer ({e}); delete {folder} to resume '
-                           'from the checkpoint before it') from e
+            raise BadInput(f'{folder}/train_state.pt has another optimizer ({e}); delete {folder} '
+                           'to resume from the checkpoint before it') from e
 
 
 def train_state(folder):
@@ -484,9 +506,11 @@ def train_state(folder):
         assert isinstance(state['student'], dict) and isinstance(state['optimizer'], dict)
         return state
     except Exception as e:
-        said = str(e).strip().splitlines()[0] if 'weights_only' not in str(e) else 'it holds more than tensors'
-        raise BadInput(f'{folder}/train_state.pt cannot be read ({said}); delete {folder} to resume from the '
-                       'checkpoint before it') from e
+        said = str(e).strip().partition('\n')[0] or type(e).__name__
+        if 'weights_only' in str(e):
+            said = 'it holds more than tensors'
+        raise BadInput(f'{folder}/train_state.pt cannot be read ({said}); delete {folder} to '
+                       'resume from the checkpoint before it') from e
 
 
 def last_weights(folder):
@@ -498,7 +522,7 @@ def last_weights(folder):
 
 
 def merged_start(models, c):
-    """init_from = 'merge': the mean of the LoRA teachers' deltas, by the weights of their routes."""
+    """init_from = 'merge': the mean of the LoRA teachers' deltas, by their routes' weights."""
     routes = [r for r in c.routes if models.teachers[r['teacher']].get('lora')]
     total = sum(r.get('weight', 1.0) for r in routes)
     read = {r['teacher']: merge_lora.read_adapter(models.teachers[r['teacher']]['lora'])
