@@ -30,7 +30,7 @@ class Case:
     words: list = field(default_factory=list)      # of the command line; {at} is its own folder
     script: str = 'train_opd'
     make: object = None                 # make(at) prepares that folder
-    late: bool = False                  # only weights can tell
+    late: int = 0                       # 1: only weights can tell; 2: only a run
     codes: tuple = (2,)                 # exits that are a refusal
     stop: tuple = ()                    # (hook, signal): sent to itself there
     most_bytes: int = 0                 # no file may become larger, as on a full disk
@@ -172,7 +172,7 @@ def verdict(case, code, said, sentence, at, changed):
     if case.want == '':
         return 'refused'
     loaded = (at / '.at_weights').exists()
-    if loaded and not case.late or (at / '.at_update').exists() and not case.stop:
+    if loaded + (at / '.at_update').exists() > case.late:
         return 'ok' if case.want is None else 'late'
     found = re.search(case.want or '', sentence, re.I)
     short = len(sentence) < 1500 and sentence.count('\n') < 12
