@@ -117,14 +117,44 @@ def run(main):
     alone = os.environ.get('WORLD_SIZE', '1') == '1'
     try:
         return main(sys.argv[1:])
-    except (BadInput, KeyboardInterrupt) as e:
-        code, said = (2, e) if isinstance(e, BadInput) else (130, 'interrupted')
-    except Exception:
-        if alone:
+    except (Exception, KeyboardInterrupt) as e:
+        code, said = _mend(e)
+        if alone and not said:
             raise
-        code, said = 1, traceback.format_exc()
-    print(f'{pathlib.Path(sys.argv[0]).name}: {said}', file=sys.stderr, flush=True)
+        said = said or traceback.format_exc()
+    if alone or _first():
+        print(f'{pathlib.Path(sys.argv[0]).name}: {said}', file=sys.stderr, flush=True)
     if not alone:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _mend(e):
+    """(exit code, a sentence) of an error; '' of a mistake in the code, which needs its traceback."""
+    if isinstance(e, KeyboardInterrupt):
+        return 130, str(e) or 'interrupted'
+    if isinstance(e, BadInput):
+        return 2, str(e)
+    if isinstance(e, OSError) and e.strerror:          # a disk, a right, a file that went away
+        return 2, f'{e.filename}: {e.strerror}' if e.filename else e.strerror
+    if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' \
+            or "can't allocate memory" in str(e):
+        why = (str(e).strip() or 'no memory is left').splitlines()[0]
+        return 2, f'out of memory: {why[:300]}; lower micro_batch or resolution, or see docs/memory.md'
+    return 1, ''
+
+
+def _first():
+    """Under torchrun: is this the first process that fails? What others say is its echo."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return True
+    from datetime import timedelta
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
+                         is_master=False, timeout=timedelta(seconds=5))
+        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        return store.add(f'train_opd/failed/{again}', 1) == 1
+    except Exception:  # the launcher is gone: nobody else will say it
+        return True

@@ -833,7 +833,7 @@ def main(argv):
     if world.rank == 0:
         checks.print_plan(c, data, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
     if c.dry_run:
-        return print('dry run: settings and data are fine')
+        return checks.tell_dry_run(c, world)
 
     folder = Folder(c, world, c.teachers)
     held = data.drawn(c.seed, max(c.eval_samples, c.show, c.score_samples if c.score else 0))

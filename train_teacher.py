@@ -90,6 +90,7 @@ def check(c):
     method, trained, G = c.method, c.steps - c.drop_last, c.group_size
     choices = dict(checks.CHOICES, method=METHODS, sde=train_opd.SDES,
                    sigmas=('logit_normal', 'uniform'))
+    checks.check_choices(c, choices)
     checks.check_settings(c, SETTINGS[0], choices, (*checks.ABOVE_0, 'eta', 'timestep_fraction'),
                           dealt=deals_groups(method))
     checks.require([(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
@@ -412,7 +413,7 @@ def main(argv):
         for k, b in data.buckets.items():
             print(f'bucket {k:20s} {len(b)} rows, {len(data.held[k])} to evaluate on')
     if c.dry_run:
-        return print('dry run: settings and data are fine')
+        return checks.tell_dry_run(c, world)
     c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance
     samples_of = partial(plan, c=c, buckets=data.buckets, world=world,
                          same_noise=c.same_noise and c.method != 'sft',
