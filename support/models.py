@@ -64,7 +64,7 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
     pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
     for name, m in (kind.prefix, net), ('vae', pipe.vae):
-        check_whole(m, f'model {path}: its {name}')
+        check_whole(m, f'model {path}', f' of its {name}')
     if base_storage:
         store_small(net)
     field = kind(pipe, device, max_sequence_length, distilled_guidance)
@@ -117,7 +117,7 @@ def open_encoder(kind, path, name, dtype):
                         ('have other shapes for', info['mismatched_keys'])):
         need(not found, f'model {path}: the weights of its {name} {what} {len(found)} of the '
              f'tensors that its config asks for, as {sorted(map(str, found))[:1]}; fetch it again')
-    check_whole(net, f'model {path}: its {name}')
+    check_whole(net, f'model {path}', f' of its {name}')
     return net
 
 
@@ -131,12 +131,14 @@ def check_tokenizer(tokenizer, what):
          'may be: its tokenizer_config.json is gone or damaged; fetch it again')
 
 
-def check_whole(net, what):
+def check_whole(net, what, part=''):
     """diffusers leaves what a file lacks without memory; and a broken file may hold no numbers."""
     lost = [k for k, p in net.named_parameters() if p.is_meta]
-    need(not lost, f'{what}: its weights lack {len(lost)} tensors, as {lost[:1]}; fetch it again')
+    need(not lost, f'{what}: its weights lack {len(lost)} tensors{part}, as {lost[:1]}; fetch it '
+         'again')
     bad = [k for k, p in net.named_parameters() if not p.isfinite().all()]
-    need(not bad, f'{what}: {len(bad)} of its tensors are not finite, as {bad[:1]}; fetch it again')
+    need(not bad, f'{what}: {len(bad)} of its tensors are not finite, as {bad[:1]}{part}; fetch '
+         'it again')
 
 
 def store_small(net):

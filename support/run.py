@@ -384,8 +384,8 @@ def claim(out, resume, meta):
              f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in '
              'another --out_dir')
     then, now = old['settings'].get('alpha'), meta['settings']['alpha']
-    need(then == now, f'the run in {out} has alpha {then}, not {now}, which would scale what was '
-         'learned: resume with the same, or start from it as an adapter')
+    need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, for it '
+         'scales what was learned, or start from it as an adapter')
     for k, v in json.loads(json.dumps(meta['settings'])).items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
