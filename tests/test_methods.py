@@ -11,15 +11,13 @@ MORE = dict(
 
 
 @pytest.mark.parametrize('method', T.METHODS)
-def test_each_method_closes_the_gap_and_resumes_bit_for_bit(method, world, tmp_path):
+def test_each_method_closes_the_gap(method, world, tmp_path):
     near = [dict(name='near', lora=random_lora(tmp_path / 'near', 3, layers=['proj_out']))]
-    argv = world.opd(tmp_path / 'run', method=method, max_steps=8, save_every=4, ckpt_keep=3,
-                     teachers=near, lora_targets=['proj_out'], ema_decay=0.8, **MORE[method],
-                     routes=[dict(teacher='near', data=k) for k in ('words', 'edits')])
-    out = run(T.main, argv)
+    out = world.distil(tmp_path / 'run', method=method, max_steps=8, teachers=near,
+                       lora_targets=['proj_out'], ema_decay=0.8, **MORE[method],
+                       routes=[dict(teacher='near', data=k) for k in ('words', 'edits')])
     for route in result(out).values():
         assert route['gap_after'] < 0.9 * route['gap_before']
-    resumes_exactly(T.main, argv, out, 4, 8)
 
 
 class Kept:

@@ -136,7 +136,7 @@ def test_what_a_resume_knows_of_skipped_updates(world, tmp_path, monkeypatch):
 
 def test_the_route_and_sigma_of_the_first_bad_loss_are_named(world, tmp_path):
     """Where the loss itself is not finite: a teacher beyond all numbers; others come after it."""
-    huge = random_lora(tmp_path / 'huge', 3, size=1e30)
+    huge = random_lora(tmp_path / 'beyond', 3, size=1e30)
     teachers = [dict(name='one', lora=world.one), dict(name='huge', lora=huge)]
     for first, second in (('one', 'huge'), ('huge', 'one')):
         routes = [dict(teacher=first, data='words'), dict(teacher=second, data='edits')]
