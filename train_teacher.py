@@ -195,7 +195,8 @@ def flow_matching(samples, models, c):
         schedule, sigma = models.sigmas(batch, 1000), []
         for s in batch:
             key = c.seed, s.step, s.number
-            if rng(*key, 'drop').random() < c.prompt_dropout:
+            drop = 0.0 if s.step == 'eval' else c.prompt_dropout
+            if rng(*key, 'drop').random() < drop:
                 s.cond = s.empty
             sigma.append(draw_sigma(schedule, rng(*key, 'sigma'), c.sigmas))
         with torch.no_grad():
@@ -425,7 +426,7 @@ def main(argv):
                           for s in samples_of(step))
     models.judges, student = Judges(c, folder), models.student
     folder.begin(models, data, held)
-    if folder.first % c.eval_every == 0 and not folder.evaluated():
+    if not folder.evaluated():
         evaluate(folder.first, held, models, c, folder)
 
     for step in (bar := folder.bar()):

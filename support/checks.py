@@ -80,7 +80,8 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         if k in above:
             need(is_number(x), f'{k} must be more than 0, not {x!r}')
         elif type(x) in (int, float) and k != 'seed':
-            least = int(type(x) is int and k not in FROM_0)
+            own = defaults[k] if type(defaults[k]) in (int, float) else 1      # a default is legal
+            least = min(int(type(x) is int and k not in FROM_0), own)
             need(x >= least, f'{k} must be at least {least}, not {x}')
         need(k not in MOST or x <= MOST[k], f'{k} must be at most {MOST.get(k)}, not {x}')
     for k in sorted({k for m in methods.values() for k in m.settings}):
@@ -140,6 +141,8 @@ def check_method(c, reads, rewards):
          '0.7'),
         (not policy or c.rollout_guidance == c.student_guidance, 'a policy gradient improves the '
          'policy that drew the samples: rollout_guidance and student_guidance must be equal'),
+        (c.kl_var == 'true' or not policy or rewards[c.reward].attached, "kl_var = 'code' is about "
+         f"a KL that keeps its gradient; reward = {c.reward!r} has none: leave it at 'true'"),
         (c.kl_var == 'true' or c.eta, "kl_var = 'code' is about an SDE's variance: it needs eta "
          'above 0'),
         (c.sde != 'cps' or not c.eta or not kl or (c.drop_last and c.kl_var == 'true'), "sde = "

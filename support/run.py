@@ -107,8 +107,9 @@ class Folder:
                     disable=quiet)                             # None: where nobody looks
 
     def evaluated(self):
-        """Is the evaluation of the step that this run begins with in the log?"""
-        return any(e['step'] == self.first and 'lr' not in e for e in self.history)
+        """Is the step that this run begins with not one to evaluate, or is that in the log?"""
+        due = self.first % self.c.eval_every == 0 or self.first == self.c.max_steps
+        return not due or any(e['step'] == self.first and 'lr' not in e for e in self.history)
 
     def note(self, batch, **numbers):
         """Numbers of each sample, for the next report; gap and reward also by route."""
@@ -127,11 +128,12 @@ class Folder:
 
     def watch(self, step, norm, student):
         """A skipped update is counted and named; too many end the run."""
+        bad_at, self.bad_at = self.bad_at, ''
         if math.isfinite(norm):
             return
-        where = [x for x in gather(self.world, [self.bad_at]) if x]
+        where = [x for x in gather(self.world, [bad_at]) if x]
         where = where[0] if where else f'{self.at}, whose loss was finite'
-        self.bad_at, many = '', sum(student.recent)
+        many = sum(student.recent)
         self.say(f'step {step + 1}: update skipped, its gradient was not finite ({where})')
         need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite '
              f'gradient, lastly at {where}. Lower lr, or use dtype=float32; the last checkpoint in '
@@ -387,7 +389,7 @@ def claim(out, resume, meta):
     then, now = old['settings'].get('alpha'), meta['settings']['alpha']
     need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, for it '
          'scales what was learned, or start from it as an adapter')
-    for k, v in meta['settings'].items():
+    for k, v in json.loads(json.dumps(meta['settings'])).items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
 
