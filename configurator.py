@@ -131,7 +131,7 @@ def run(main):
 
 
 def _mend(e):
-    """(exit code, a sentence) of an error; '' of a mistake in the code, which needs its traceback."""
+    """(exit code, a sentence) of an error; '' of a mistake in the code: that needs a traceback."""
     if isinstance(e, KeyboardInterrupt):
         return 130, str(e) or 'interrupted'
     if isinstance(e, BadInput):
@@ -141,7 +141,7 @@ def _mend(e):
     if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' \
             or "can't allocate memory" in str(e):
         why = (str(e).strip() or 'no memory is left').splitlines()[0]
-        return 2, f'out of memory: {why[:300]}; lower micro_batch or resolution, or see docs/memory.md'
+        return 2, f'out of memory: {why[:300]}; lower micro_batch or resolution (docs/memory.md)'
     return 1, ''
 
 

@@ -389,7 +389,8 @@ def model_configs(path):
     need(not gone, f'{path}/model_index.json names a {" and a ".join(gone)}, but has no such '
          'folder; fetch the model again')
     gone = [k for k in parts if k not in configs and k.startswith(('transformer', 'unet', 'vae'))]
-    need(not gone, f'{path}: its {" and its ".join(gone)} has no config.json; fetch the model again')
+    need(not gone, f'{path}: its {" and its ".join(gone)} has no config.json; fetch the model '
+         'again')
     name = index.get('_class_name', '')
     need('index' not in configs or name and isinstance(name, str), f'{path}/model_index.json is '
          'damaged: its _class_name should name a pipeline; fetch the model again')

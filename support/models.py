@@ -31,15 +31,15 @@ def find_family(families, pipeline, family=''):
 
 def check_size(family, pipeline, configs, height, width, editing=False):
     """Can the family take this size, and edit?"""
+    unit, most = 1, (math.inf, math.inf)               # of a hub id nothing is known
     try:
-        unit = family.unit(configs) if family else 1
-        most = family.largest(configs, editing) if family else (math.inf, math.inf)
-        sound = unit > 0 and min(most) > 0
+        if family:
+            unit, most = family.unit(configs), family.largest(configs, editing)
+        if not min(unit, *most) > 0:
+            raise ValueError(f'patches of {unit} pixels')
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as e:
         raise BadInput(f'{pipeline}: the config.json of its {family.prefix} or vae is damaged '
                        f'({one_line(repr(e))}); fetch the model again') from e
-    need(sound, f'{pipeline}: the config.json of its {family.prefix} or vae is damaged (patches '
-         f'of {unit} pixels); fetch the model again')
     name = pipeline or 'this model'
     for what, x in (('height', height), ('width', width)):
         need(x >= unit and x % unit == 0, f'resolution: {name} takes a {what} in multiples of '

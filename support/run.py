@@ -320,7 +320,10 @@ def save_checkpoint(out, step, write, prefix, meta, keep):
     out, name = Path(out), f'step_{step:06d}'
     with writing(out / name):
         for old in out.glob('.writing*'):                      # what a killed process left
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink()
         tmp, gone = out / f'.writing_{name}', out / f'.writing_old_{name}'
         tmp.mkdir(parents=True)
         write(tmp, prefix)

@@ -185,44 +185,48 @@ def verdict(case, code, said, sentence, at, changed):
 def warm():
     """What all cases need, imported before the first is forked. No thread is started."""
     import diffusers, peft, torch, transformers                # noqa: F401
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: F401
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel  # noqa: F401
     import merge_lora, sample, train_opd, train_teacher        # noqa: F401
     import kit_cases
+    for package, names in (diffusers, '''AutoencoderKL SD3Transformer2DModel
+            StableDiffusion3Pipeline'''), (transformers, '''AutoTokenizer T5EncoderModel
+            CLIPTextModelWithProjection'''):
+        for name in names.split():
+            getattr(package, name)                             # these load when they are asked for
     torch.set_num_threads(1)
     return kit_cases
 
 
-def run_all(names, every, quick, as_json, say=print):
+def chosen(cases, args):
+    seen = Counter(c.name for c in cases)
+    assert max(seen.values()) == 1, seen.most_common(3)
+    names = args.only.split(',')
+    return [c for c in cases if any(n in c.name for n in names)][::args.every]
+
+
+def run_all(args):
     table, counts, bad, t0 = warm(), Counter(), [], time.time()
     work = Path(tempfile.mkdtemp(prefix='kit_'))
     try:
-        cases = list(table.cases(work / 'world', play))
+        cases = chosen(list(table.cases(work / 'world', play)), args)
         before = files_of(work / 'world')
-        names_seen = Counter(c.name for c in cases)
-        assert max(names_seen.values()) == 1, names_seen.most_common(3)
-        chosen = [c for c in cases if any(n in c.name for n in names)]
-        for i, case in enumerate(chosen[::every]):
-            if quick and '--dry_run' not in case.words:
-                continue
+        for i, case in enumerate(cases):
             start, at = time.time(), work / f'{i:04d}'
             found, said = play(case, at)
-            kind = found.split()[0]
-            counts[kind] += 1
+            counts[found.split()[0]] += 1
             line = f'{found:10s} {time.time() - start:5.1f} s  {case.name}'
-            if kind != 'ok':
-                bad.append(line)
-            say(json.dumps(dict(name=case.name, verdict=found, said=said[:600])) if as_json
-                else f'{line}   | {said[-160:] if kind == "traceback" else said[:160]!r}', flush=True)
+            bad += [line] * (found != 'ok')
+            part = said[-160:] if found == 'traceback' else said[:160]
+            entry = dict(name=case.name, verdict=found, said=said[:600])
+            print(json.dumps(entry) if args.json else f'{line}   | {part!r}', flush=True)
             shutil.rmtree(at, ignore_errors=True)
         if files_of(work / 'world') != before:
             bad.append('changed: the files that all cases share')
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if not as_json:
-        say(f'\n{sum(counts.values())} cases in {time.time() - t0:.0f} s: '
-            + ', '.join(f'{n} {k}' for k, n in counts.most_common()))
-        say('\n'.join(bad))
+    if not args.json:
+        print(f'\n{sum(counts.values())} cases in {time.time() - t0:.0f} s: '
+              + ', '.join(f'{n} {k}' for k, n in counts.most_common()))
+        print('\n'.join(bad))
     return int(bool(bad))
 
 
@@ -230,7 +234,6 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--only', default='', help='part of names, several with commas')
     parser.add_argument('--every', type=int, default=1)
-    parser.add_argument('--dry', action='store_true', help='only cases that load no weights')
     parser.add_argument('--json', action='store_true')
     parser.add_argument('--kills', type=int, default=0)
     parser.add_argument('--seed', type=int, default=0)
@@ -238,7 +241,7 @@ def main():
     if args.kills:
         import kit_kills
         return kit_kills.main(args.kills, args.seed)
-    return run_all(args.only.split(','), args.every, args.dry, args.json)
+    return run_all(args)
 
 
 if __name__ == '__main__':

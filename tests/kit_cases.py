@@ -1,15 +1,15 @@
 """
 The table of tests/kit.py: settings, teachers and routes, data, pictures. kit_folders.py has models,
-adapters, run folders, scores and rewards, and the other scripts. A class of mistakes is a function;
-a case that should be refused says what the sentence has to name.
+adapters and run folders, kit_scripts.py scores, rewards and the other scripts. A class of
+mistakes is a function; a case that should be refused says what the sentence has to name.
 """
-import csv, io, json, os, struct, zlib
-from pathlib import Path
+import csv, io, os, struct, zlib
 
 import torch
 from PIL import Image
 
 import kit_folders
+import kit_scripts
 import merge_lora
 import train_opd
 from kit import Case, ROOT
@@ -85,6 +85,38 @@ class Raw(str):
 
 NUMBERS = 'x', 'None', '-1', 'nan', '1e999', '10**30', '1e30'
 
+TOGETHER = [
+    ('betas=[1,0.9]', 'betas'), ('betas=[0.9]', 'betas'), ("betas=['a','b']", 'betas'),
+    ('ema_decay=1.0', 'ema_decay'), ('batch_size=3', None), ('drop_last=5', 'drop_last'),
+    ('queries=5', 'queries'), ('eta=0.5', None), ('sde=cps --eta=1.5', 'eta'),
+    ('anchor=base', 'anchor'), ('anchor_beta=0.1', 'anchor'), ('anchor=who', 'anchor'),
+    ('lora_targets=[1]', 'lora_targets'),
+    ('lora_targets=to_q', 'lora_targets'), ('lora_targets=[""]', 'lora_targets'),
+    ('resolution=25', '24'), ('resolution=[24]', 'resolution'), ('resolution=0', 'resolution'),
+    ('resolution=[24,-24]', '-24'), ('resolution=1000000', '1000000'),
+    ('resolution=[24.0,24]', 'resolution'), ('device=gpu', 'gpu'), ('device=cuda', 'cuda'),
+    ('device=cuda:7', 'cuda'), ('device=meta', 'meta'), ('device=cpu:x', 'cpu:x'),
+    ('device=vulkan', 'vulkan'), ('dtype=float16', 'dtype'), ('dtype=int', 'dtype'),
+    ('base_storage=int8', 'base_storage'), ('tensorboard_log', 'tensorboard'),
+    ('wandb_log', 'wandb'), ('mixing=none', 'mixing'), ('routes_per_step=3', 'routes_per_step'),
+    ('routes_per_step=some', 'routes_per_step'), ('stepps=3', 'steps'), ('=3', 'setting'),
+    ('lr', 'lr'), ('lr=', 'lr'), ('lr=1e-', 'lr'), ('updates=2', 'updates'),
+    ('reward=paper', 'reward'), ('method=flowopd', 'eta|group'), ('kl_var=code', 'kl_var'),
+    ('family=FluxPipeline', None), ('family=Nope', 'Nope'), ('family=nope.py:X', 'nope.py'),
+    ('init_from=', 'init_from'), ('init_from=mrege', 'mrege'), ('init_from=./gone', './gone'),
+    ('init_from={at}', '{at}'), ('init_from=your-name/your-lora', 'your-name'),
+    ('model=<your model>', '<your model>'), ('model=path/to/model', 'path/to/model'),
+    ('model=', 'model'), ('model=./gone', './gone'), ('max_steps=0', 'max_steps'),
+    ('cache_gb=0', None), ('rank=100000', 'rank'), ('lr=1e10', 'lr'),
+    ('weight_decay=1e10', 'weight_decay'), ('max_sequence_length=100000', None),
+    ('distilled_guidance=-3', 'distilled_guidance')]
+CONFIGS = [                             # texts of config files
+    ('lr = 1\n', None), ('lr = "x"\n', 'lr'), ('learning = 1\n', 'learning'), ('\0', 'null'),
+    ('1/0\n', 'ZeroDivision'), ('import sys\nsys.exit(3)\n', 'line 2'), ('lr = (\n', 'line'),
+    ('import nothing_such\n', 'nothing_such'), ('lr = float("inf")\n', 'lr'),
+    ('def lr(): pass\n', 'lr'), ('exit()\n', 'line 1'), ('raise KeyboardInterrupt\n', None),
+    ('\xff'.encode('latin-1'), 'line')]
+
 
 def settings(w):
     defaults, kinds, *_ = train_opd.SETTINGS
@@ -103,43 +135,13 @@ def settings(w):
             for text in ('nonsense here', '5', '"a\\0b"'):
                 fine = k == 'out_dir' and '0' not in text
                 yield Case(f'setting {k}={text}', None if fine else k, w.dry(**{k: Raw(text)}))
-    together = [
-        ('betas=[1,0.9]', 'betas'), ('betas=[0.9]', 'betas'), ("betas=['a','b']", 'betas'),
-        ('ema_decay=1.0', 'ema_decay'), ('batch_size=3', None), ('drop_last=5', 'drop_last'),
-        ('queries=5', 'queries'), ('eta=0.5', None), ('sde=cps --eta=1.5', 'eta'),
-        ('anchor=base', 'anchor'), ('anchor_beta=0.1', 'anchor'), ('anchor=who', 'anchor'),
-        ('lora_targets=[1]', 'lora_targets'),
-        ('lora_targets=to_q', 'lora_targets'), ('lora_targets=[""]', 'lora_targets'),
-        ('resolution=25', '24'), ('resolution=[24]', 'resolution'), ('resolution=0', 'resolution'),
-        ('resolution=[24,-24]', '-24'), ('resolution=1000000', '1000000'),
-        ('resolution=[24.0,24]', 'resolution'), ('device=gpu', 'gpu'), ('device=cuda', 'cuda'),
-        ('device=cuda:7', 'cuda'), ('device=meta', 'meta'), ('device=cpu:x', 'cpu:x'),
-        ('device=vulkan', 'vulkan'), ('dtype=float16', 'dtype'), ('dtype=int', 'dtype'),
-        ('base_storage=int8', 'base_storage'), ('tensorboard_log', 'tensorboard'),
-        ('wandb_log', 'wandb'), ('mixing=none', 'mixing'), ('routes_per_step=3', 'routes_per_step'),
-        ('routes_per_step=some', 'routes_per_step'), ('stepps=3', 'steps'), ('=3', 'setting'),
-        ('lr', 'lr'), ('lr=', 'lr'), ('lr=1e-', 'lr'), ('updates=2', 'updates'),
-        ('reward=paper', 'reward'), ('method=flowopd', 'eta|group'), ('kl_var=code', 'kl_var'),
-        ('family=FluxPipeline', None), ('family=Nope', 'Nope'), ('family=nope.py:X', 'nope.py'),
-        ('init_from=', 'init_from'), ('init_from=mrege', 'mrege'), ('init_from=./gone', './gone'),
-        ('init_from={at}', '{at}'), ('init_from=your-name/your-lora', 'your-name'),
-        ('model=<your model>', '<your model>'), ('model=path/to/model', 'path/to/model'),
-        ('model=', 'model'), ('model=./gone', './gone'), ('max_steps=0', 'max_steps'),
-        ('cache_gb=0', None), ('rank=100000', 'rank'), ('lr=1e10', 'lr'),
-        ('weight_decay=1e10', 'weight_decay'), ('max_sequence_length=100000', None),
-        ('distilled_guidance=-3', 'distilled_guidance')]
-    for text, want in together:
+    for text, want in TOGETHER:
         words = [f'--{part}' for part in text.split(' --')]
         yield Case(f'setting {text}', want.replace('{at}', 'adapter|safetensors') if want else want,
                    [*w.dry(), *words])
     yield Case('setting - fine', '', w.dry())
     yield Case('setting - fine, a run', '', w.opd())
-    files = [('lr = 1\n', None), ('lr = "x"\n', 'lr'), ('learning = 1\n', 'learning'),
-             ('1/0\n', 'ZeroDivision'), ('import sys\nsys.exit(3)\n', 'line 2'), ('lr = (\n', 'line'),
-             ('import nothing_such\n', 'nothing_such'), ('\0', 'null'), ('lr = float("inf")\n', 'lr'),
-             ('def lr(): pass\n', 'lr'), ('exit()\n', 'line 1'), ('raise KeyboardInterrupt\n', None),
-             ('\xff'.encode('latin-1'), 'line')]
-    for text, want in files:
+    for text, want in CONFIGS:
         yield Case(f'config {text!r}', want, [*w.dry(), '{at}/c.py'],
                    make=lambda at, t=text: put(at / 'c.py', t), codes=(2, 130))
     yield Case('config - a folder', 'file', [*w.dry(), '{at}'])
@@ -162,7 +164,8 @@ def teachers(w):
         ([dict(one, name='student')], 'student'), ([dict(one, name='a b')], 'a b'),
         ([dict(one, name=5)], '5'), ([dict(one, name='')], "''"), ([dict(one, name=['x'])], 'x'),
         ([one, one], 'one'), ([dict(one, lora=5)], '5'), ([dict(one, lora=['x'])], 'x'),
-        ([dict(one, lora='./gone')], 'gone'), ([dict(one, lora='your-name/your-lora')], 'your-name'),
+        ([dict(one, lora='./gone')], 'gone'),
+        ([dict(one, lora='your-name/your-lora')], 'your-name'),
         ([dict(one, lora='<path>')], '<path>'), ([dict(one, lora='gone')], 'gone'),
         ([dict(one, lora=f'{w.at}/words.csv')], 'words.csv'), ([dict(one, lora='x' * 400)], 'xxx'),
         ([dict(one, checkpoint=BASE)], 'both'), ([dict(name='one', checkpoint='./gone')], 'gone'),
@@ -185,7 +188,8 @@ def teachers(w):
         ([dict(route, data='gone')], 'gone'), ([dict(route, data=5)], '5'),
         ([dict(teacher='one')], 'None|data'), ([dict(data='words')], 'None|teacher'),
         ([route, route], 'words'), ([dict(route, weight=0)], 'weight'),
-        ([dict(route, weight=float('inf'))], 'routes|weight'), ([dict(route, samples=0)], 'samples'),
+        ([dict(route, weight=float('inf'))], 'routes|weight'),
+        ([dict(route, samples=0)], 'samples'),
         ([dict(route, samples=-2)], 'samples'), ([dict(route, samples='x')], 'samples'),
         ([dict(route, samples=3)], 'batch_size'), ([dict(route, resolution=25)], '25'),
         ([dict(route, resolution='x')], 'resolution'), ([dict(route, resolution=[])], 'resolution'),
@@ -201,8 +205,8 @@ def teachers(w):
     yield Case('hub model that is not here', 'owner/base', w.opd(model='owner/base'))
     yield Case('hub adapter that is not here', 'owner/lora', w.opd(
         teachers=[dict(one, lora='owner/lora')]))
-    yield Case('reward of a hub model, dry', '', [*w.teach(reward=[dict(reward='clip')]), '--dry_run'],
-               'train_teacher')
+    yield Case('reward of a hub model, dry', '', [
+        *w.teach(reward=[dict(reward='clip')]), '--dry_run'], 'train_teacher')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,7 +229,8 @@ def data(w):
         ('d.csv', b'\xef\xbb\xbf' + fine.encode(), ''), ('d.csv', b'prompt\n\xff\xfe\n', 'UTF'),
         ('d.csv', 'prompt\na\0b\n', 'd.csv'), ('d.csv', 'prompt\r\nred\r\n', ''),
         ('d.csv', 'prompt\n' + 'x' * 80000 + '\n', None), ('d.csv', 'prompt\n"a\nb"\n', ''),
-        ('d.csv', 'prompt\n' + 'x' * 200000 + '\n', None), ('d.csv', 'prompt;task\nx;y\n', 'prompt'),
+        ('d.csv', 'prompt\n' + 'x' * 200000 + '\n', None),
+        ('d.csv', 'prompt;task\nx;y\n', 'prompt'),
         ('d.csv', 'prompt,source_image\nx,\n', ''), ('d.csv', 'prompt,source_imag\nx,gone\n', None),
         ('d.csv', 'prompt,Source_Image\nx,gone.png\n', 'source_image'),
         ('d.jsonl', '{"prompt": "red"}\n', ''), ('d.jsonl', '["red"]\n', 'd.jsonl'),
@@ -270,7 +275,8 @@ def encoded(kind, size=(24, 24), mode='RGB', **more):
 def bomb(side):
     """A PNG of a few kilobytes that says it is side x side."""
     def chunk(name, data):
-        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+        total = struct.pack('>I', zlib.crc32(name + data))
+        return struct.pack('>I', len(data)) + name + data + total
     head = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + \
         chunk(b'IDAT', zlib.compress(bytes(1 << 16))) + chunk(b'IEND', b'')
@@ -332,5 +338,5 @@ def edit_words(w, *_):
 
 def cases(at, play):
     w = World(at, play)
-    for some in (settings, teachers, data, pictures, *kit_folders.CLASSES):
+    for some in (settings, teachers, data, pictures, *kit_folders.CLASSES, *kit_scripts.CLASSES):
         yield from some(w)

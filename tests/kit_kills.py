@@ -14,7 +14,7 @@ import kit_cases
 from support import run as R
 
 STEPS = 8
-OPERATIONS = [(os, k) for k in ('rename', 'replace', 'fsync', 'unlink', 'mkdir', 'symlink', 'rmdir')]
+OPERATIONS = [(os, k) for k in 'rename replace fsync unlink mkdir symlink rmdir'.split()]
 OPERATIONS += [(builtins, 'open'), (torch, 'save'), (shutil, 'rmtree')]
 
 
