@@ -4,7 +4,7 @@ overrides them, --key=value overrides one, the later wins. A typo or a wrong typ
 python train_opd.py config/some_run.py --steps=100 --lr 1e-4 --compile
 python train_opd.py --help
 """
-import ast, copy, difflib, os, pathlib, sys, traceback, types, typing
+import ast, copy, difflib, pathlib, sys, traceback, types, typing
 
 
 class BadInput(Exception):
@@ -112,49 +112,9 @@ def configure(settings, argv, given=frozenset()):
 
 
 def run(main):
-    """Calls main with the command line's words; what one can mend is shown as one line. Of several
-    processes one that fails ends at once: others may wait for it, it must not wait for them."""
-    alone = os.environ.get('WORLD_SIZE', '1') == '1'
+    """Calls main with the command line's words; what one can mend is shown as one line."""
     try:
         return main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as e:
-        code, said = _mend(e)
-        if alone and not said:
-            raise
-        said = said or traceback.format_exc()
-    if alone or _first():
-        print(f'{pathlib.Path(sys.argv[0]).name}: {said}', file=sys.stderr, flush=True)
-    if not alone:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _mend(e):
-    """(exit code, a sentence) of an error; '' of a mistake in the code: that needs a traceback."""
-    if isinstance(e, KeyboardInterrupt):
-        return 130, str(e) or 'interrupted'
-    if isinstance(e, BadInput):
-        return 2, str(e)
-    if isinstance(e, OSError) and e.strerror:          # a disk, a right, a file that went away
-        return 2, f'{e.filename}: {e.strerror}' if e.filename else e.strerror
-    if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' \
-            or "can't allocate memory" in str(e):
-        why = (str(e).strip() or 'no memory is left').splitlines()[0]
-        return 2, f'out of memory: {why[:300]}; lower micro_batch or resolution (docs/memory.md)'
-    return 1, ''
-
-
-def _first():
-    """Under torchrun: is this the first process that fails? What others say is its echo."""
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
-        return True
-    from datetime import timedelta
-    from torch.distributed import TCPStore
-    try:
-        store = TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
-                         is_master=False, timeout=timedelta(seconds=5))
-        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        return store.add(f'train_opd/failed/{again}', 1) == 1
-    except Exception:  # the launcher is gone: nobody else will say it
-        return True
+        from support.ending import end
+        end(e)
