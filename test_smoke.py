@@ -125,6 +125,6 @@ def test_an_entry_without_its_function_is_not_trained_as_another(table, name, en
                                                                  tmp_path, monkeypatch):
     key = dict(METHODS='method', QUERIES='query', SDES='sde', STATES='states')[table]
     monkeypatch.setitem(getattr(T, table), name, entry)
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, BadInput)):
         T.main([*opd, f'--{key}={name}', '--eta=0.7', f'--out_dir={tmp_path}/none'])
     assert not (tmp_path / 'none').exists()

@@ -84,6 +84,12 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
             least = min(int(type(x) is int and k not in FROM_0), own)
             need(x >= least, f'{k} must be at least {least}, not {x}')
         need(k not in MOST or x <= MOST[k], f'{k} must be at most {MOST.get(k)}, not {x}')
+    for name, m in methods.items():
+        need(hasattr(m, 'settings') and callable(m.updates), f'METHODS: the entry of {name!r} is no '
+             'Method(function, (names of settings, ...))')
+        odd = [k for k in m.settings if k not in defaults]
+        need(type(m.settings) is tuple and not odd, f'METHODS: {name!r} declares settings that '
+             f'there are not: {odd or m.settings!r}')
     for k in sorted({k for m in methods.values() for k in m.settings}):
         need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '
              f'{c.method!r} does not read it; leave it at {defaults[k]!r}')
@@ -323,12 +329,36 @@ def rehearsed(c, plan, method, Models, steps=3):
         field=Blank(), full={}, adapters=(), layers=(), schedules={}, mixing=c.mixing,
         offload=False, teachers={t['name']: t for t in c.teachers},
         prompts=SimpleNamespace(condition=lambda batch: [setattr(s, 'cond', ()) for s in batch]))
+    seen = Seen(c)
     for step in range(steps):
         samples = plan(step, world=SimpleNamespace(rank=0, size=1))
-        for terms in method.updates(samples, models, c):
-            for _ in terms:
-                pass
+        for terms in method.updates(samples, models, seen):
+            need(not hasattr(terms, 'loss'), f'method {c.method!r} yields a Term where a generator '
+                 'of the terms of an update belongs')
+            for term in terms:
+                check_term(term, c.method)
+    need(not c.anchor or 'anchor' in seen.asked, f'anchor is set, but method {c.method!r} does not '
+         'read it: its loss has no `anchored` in it')
     return models.spent / steps
+
+
+class Seen:
+    """Settings that remember which of them were asked for."""
+
+    def __init__(self, c):
+        self.c, self.asked = c, set()
+
+    def __getattr__(self, name):
+        self.asked.add(name)
+        return getattr(self.c, name)
+
+
+def check_term(term, method):
+    need(hasattr(term, 'loss') and hasattr(term, 'numbers'), f'method {method!r} yields a '
+         f'{type(term).__name__} where a Term belongs')
+    shape = tuple(getattr(term.loss, 'shape', ()))
+    need(shape == (len(term.batch),), f'method {method!r} gives a loss of shape {shape} for '
+         f'{len(term.batch)} samples: it should be one number a sample')
 
 
 def print_plan(c, data, plan, methods, Models):

@@ -1,0 +1,74 @@
+"""Forks half done: refused before weights are loaded, never trained as something else."""
+from conftest import *
+
+FEW = ['--dry_run', '--batch_size=4', '--micro_batch=1', '--routes_per_step=sample',
+       "--routes=[dict(teacher='count',data='count')]"]
+READS = T.METHODS['danceopd'].settings
+
+
+def dance(loss=None, wrap=None, anchored=True):
+    """danceopd with something changed."""
+    def updates(samples, models, c):
+        for terms in T.danceopd(samples, models, c if anchored else SimpleNamespace(
+                **{**{k: getattr(c, k) for k in ('seed', 'queries', 'query', 'steps', 'states', 'eta',
+                                                 'sde', 'micro_batch', 'rollout_guidance',
+                                                 'student_guidance')}, 'anchor': ''})):
+            changed = (t._replace(loss=loss(t.loss)) if loss else t for t in terms)
+            yield from changed if wrap == 'from' else [list(map(tuple, changed))] if wrap else [
+                changed]
+    return T.Method(updates, READS)
+
+
+@pytest.mark.parametrize('entry, more, message', [
+    (dance(lambda x: x.mean()), [], r'a loss of shape \(\) for 1 samples'),
+    (dance(lambda x: x.view(1, 1)), [], r'a loss of shape \(1, 1\) for 1 samples'),
+    (dance(wrap='from'), [], 'yields a Term where a generator'),
+    (dance(wrap='tuples'), [], 'yields a tuple where a Term belongs'),
+    (dance(anchored=False), ['--anchor=base', '--anchor_beta=0.1'], 'does not read it'),
+    (T.danceopd, [], "the entry of 'own' is no Method"),
+    (T.Method(T.danceopd, (*READS, 'hubre')), [], 'declares settings that there are not: .*hubre'),
+    (T.Method(T.danceopd, 'query'), [], "declares settings that there are not: .*'u'"),
+], ids='scalar, unreduced, flat, tuples, no anchor, bare, misspelled, no comma'.split(', '))
+def test_half_a_method_is_refused(entry, more, message, monkeypatch, capsys):
+    T.main(FEW)                                                # as it is, it is fine
+    monkeypatch.setitem(T.METHODS, 'own', entry)
+    with pytest.raises(BadInput, match=message):
+        T.main([*FEW, '--method=own', *more])
+
+
+@pytest.mark.parametrize('rule, message', [
+    (lambda r, even: -1.0, "query = 'own' has no 1 distinct steps"),
+    (lambda r, even: 0.0, "query = 'own' has no 2 distinct steps")], ids=['below 0', 'one only'])
+def test_a_query_rule_that_cannot_be_is_refused(rule, message, monkeypatch):
+    monkeypatch.setitem(T.QUERIES, 'own', rule)
+    queries = int(re.search(r'\d', message)[0])
+    with pytest.raises(BadInput, match=message):
+        T.main([*FEW, '--query=own', f'--queries={queries}'])
+
+
+def test_a_rules_draws_do_not_follow_from_its_place():
+    """What it draws and where it stands are two things, also with one sample a route."""
+    s = T.Sample({}, (24, 24), None, slot=0, of=1)
+    c = SimpleNamespace(queries=1, query='own', steps=4)
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(T.QUERIES, 'own', lambda r, even: even if r.random() < 0.5 else 0.0)
+        drawn = [T.draw_queries((0, i), s, c)[0] for i in range(4000)]
+    assert [abs(drawn.count(i) / 4000 - p) < 0.03
+            for i, p in enumerate((0.625, 0.125, 0.125, 0.125))] == [True] * 4
+
+
+def test_an_error_of_ones_own_is_an_argument(tmp_path):
+    def huber(v, v_target):
+        return (1 + (v - v_target).square()).sqrt().sub(1).flatten(1).mean(1)
+
+    def own(samples, models, c):
+        return T.danceopd(samples, models, c, huber)
+    losses = {}
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(T.METHODS, 'own', T.Method(own, READS))
+        for method in ('danceopd', 'own'):
+            T.main([*FEW[1:], f'--method={method}', '--max_steps=1', '--init_from=base',
+                    '--eval_samples=1', '--show=1', '--score=', '--log_every=1', f'--out_dir={tmp_path}/{method}'])
+            lines = map(json.loads, (tmp_path / method / 'log.jsonl').open())
+            losses[method] = [e['loss'] for e in lines if 'loss' in e]
+    assert 0 < losses['own'][0] < losses['danceopd'][0] / 1.9          # near 0 it is half the square
