@@ -131,7 +131,7 @@ def test_what_a_resume_knows_of_skipped_updates(world, tmp_path, monkeypatch):
     argv = world.opd(tmp_path / 'run', max_steps=3, eval_samples=1, steps=1)
     run(T.main, argv)
     with pytest.raises(BadInput, match='5 of the last 5 updates'):
-        run(T.main, [*argv, '--max_steps=9', '--init_from=resume'])
+        run(T.main, [*argv, '--max_steps=6', '--init_from=resume'])
 
 
 def test_the_route_and_sigma_of_the_first_bad_loss_are_named(world, tmp_path):
