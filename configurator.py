@@ -4,7 +4,7 @@ overrides them, --key=value overrides one, the later wins. A typo or a wrong typ
 python train_opd.py config/some_run.py --steps=100 --lr 1e-4 --compile
 python train_opd.py --help
 """
-import ast, copy, difflib, os, pathlib, sys, traceback, types, typing
+import ast, copy, difflib, pathlib, sys, traceback, types, typing
 
 
 class BadInput(Exception):
@@ -112,19 +112,9 @@ def configure(settings, argv, given=frozenset()):
 
 
 def run(main):
-    """Calls main with the command line's words; what one can mend is shown as one line. Of several
-    processes one that fails ends at once: others may wait for it, it must not wait for them."""
-    alone = os.environ.get('WORLD_SIZE', '1') == '1'
+    """Calls main with the command line's words; what one can mend is shown as one line."""
     try:
         return main(sys.argv[1:])
-    except (BadInput, KeyboardInterrupt) as e:
-        code, said = (2, e) if isinstance(e, BadInput) else (130, 'interrupted')
-    except Exception:
-        if alone:
-            raise
-        code, said = 1, traceback.format_exc()
-    print(f'{pathlib.Path(sys.argv[0]).name}: {said}', file=sys.stderr, flush=True)
-    if not alone:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    except (Exception, KeyboardInterrupt) as e:
+        from support.ending import end
+        end(e)

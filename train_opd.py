@@ -33,7 +33,7 @@ from support.models import Network, find_family, learning_rate, open_field
 from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 
-sys.modules.setdefault('train_opd', sys.modules[__name__])      # for a family's file, which imports
+sys.modules.setdefault('train_opd', sys.modules[__name__])      # families' files import it
 
 # --------------------------------------------------------------------------------------------------
 # Settings: the demonstration's. Config files and --key=value override them. In brackets: papers'
@@ -142,8 +142,8 @@ def drifted(z, v, sigma, sigma_next, g):
 
 
 def flow_sde(z, v, sigma, sigma_next, eta):
-    """Flow-GRPO's: g = eta sqrt(sigma / (1 - sigma))."""
-    g = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_next, sigma))).sqrt()
+    """Flow-GRPO's: g = eta sqrt(sigma / (1 - sigma)); where that has a pole, 1 - sigma'."""
+    g = eta * (sigma / (1 - torch.where(sigma >= 0.999, sigma_next, sigma))).sqrt()
     return drifted(z, v, sigma, sigma_next, g)
 
 
@@ -169,8 +169,8 @@ def log_prob(x, mean, std):
 
 def kl_weight(sigma, sigma_next, eta=0.0, sde='flow', var='true'):
     """w in KL(student || teacher) = w mean((v_s - v_t)^2): c^2 / (2 std^2) with c = d mean / d v;
-    for the ODE the limit d^2 / 2. 'code' divides by 2 g^2 = 2 std^2 / -d, as it was released."""
-    c, std = transition(0 * sigma, 0 * sigma + 1, sigma, sigma_next, eta, sde)
+    for the ODE the limit d^2 / 2. 'code', as released, is that times the step's length."""
+    c, std = transition(0 * sigma, torch.ones_like(sigma), sigma, sigma_next, eta, sde)
     if eta == 0:
         return c ** 2 / 2
     return c ** 2 / (2 * std ** 2) * (sigma - sigma_next if var == 'code' else 1)
@@ -233,9 +233,9 @@ class Field:
         """The pipeline's own schedule: n + 1 numbers, from pure noise to 0."""
         scheduler, options = copy.deepcopy(self.pipe.scheduler), dict(mu=1.0)
         if scheduler.config.use_dynamic_shifting:              # mu is linear in the tokens
-            c, tokens = scheduler.config, height * width // self.unit(self.configs) ** 2
-            slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-            options['mu'] = c.base_shift + slope * (tokens - c.base_image_seq_len)
+            k, tokens = scheduler.config, height * width // self.unit(self.configs) ** 2
+            slope = (k.max_shift - k.base_shift) / (k.max_image_seq_len - k.base_image_seq_len)
+            options['mu'] = k.base_shift + slope * (tokens - k.base_image_seq_len)
         if self.takes_sigmas:
             options['sigmas'] = torch.linspace(1, 1 / n, n).tolist()
         else:
@@ -248,17 +248,17 @@ class Field:
 
     def encode_image(self, x):
         """Pixels in [-1, 1] -> clean latents."""
-        c = self.vae.config
+        k = self.vae.config
         z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        return (z - (c.shift_factor or 0)) * c.scaling_factor
+        return (z - (k.shift_factor or 0)) * k.scaling_factor
 
     def encode_source(self, path, height, width):
         return {'source': self.encode_image(load_image(path, height, width)[None])[0]}
 
     def decode(self, z):
         """Latents -> pixels in [0, 1], a quarter megapixel at a time."""
-        c = self.vae.config
-        z = (z / c.scaling_factor + (c.shift_factor or 0)).to(self.vae.dtype)
+        k = self.vae.config
+        z = (z / k.scaling_factor + (k.shift_factor or 0)).to(self.vae.dtype)
         few = z.split(max(1, 2 ** 18 // (z.shape[2] * z.shape[3] * self.factor ** 2)))
         return torch.cat([(self.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1) for x in few])
 
@@ -369,7 +369,8 @@ find_family, open_field = partial(find_family, FAMILIES), partial(open_field, FA
 # teacher of full weights is a network of its own.
 
 class Models(Network):
-    """Who can be asked for a velocity: 'base', 'student', and every teacher by its name."""
+    """Who can be asked for a velocity: 'base', 'student', and every teacher by its name. How they
+    were loaded (adapters, their layers, the student, prompts) says support/models.py."""
     spent = 0                           # forwards so far: with gradient three, with guidance double
 
     def switch(self, name):
@@ -449,17 +450,17 @@ def routes_of(step, c):
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
     """This process's samples of a step, as many of each of the updates they are dealt among."""
-    who, every, updates = routes_of(step, c), c.routes_per_step == 'all', updates or c.updates
-    nth = [who[:g].count(route) for g, route in enumerate(who)]        # group of its route
-    dealt = [(nth[g] if every else g) % updates for g in range(len(who))]
+    chosen, mixed, updates = routes_of(step, c), c.routes_per_step == 'all', updates or c.updates
+    nth = [chosen[:g].count(route) for g, route in enumerate(chosen)]  # group of its route
+    dealt = [(nth[g] if mixed else g) % updates for g in range(len(chosen))]
     samples, total = [], sum(r.get('weight', 1.0) for r in c.routes)
     for number in range(c.batch_size):
         group = number // c.group_size
         if dealt[:group].count(dealt[group]) % world.size != world.rank:
-            continue
-        route, of = c.routes[who[group]], who.count(who[group]) * c.group_size
+            continue                                           # an update's groups go round
+        route, of = c.routes[chosen[group]], chosen.count(chosen[group]) * c.group_size
         bucket = buckets[route['data']]
-        share = route.get('weight', 1.0) / total / of if every else 1 / c.batch_size
+        share = route.get('weight', 1.0) / total / of if mixed else 1 / c.batch_size
         samples.append(Sample(
             row=bucket[rng(c.seed, step, group, 'row').randrange(len(bucket))],
             size=route['size'],
@@ -473,14 +474,14 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
 
 def draw_queries(key, s, c):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
-    r, inside, taken = rng(*key), rng(*key).random(), []
+    r, inside, taken = rng(*key, 'rule'), rng(*key).random(), []
     for k in range(c.queries):
         even = (k + (s.slot + inside) / s.of) / c.queries
-        for _ in range(10 ** 6):
+        for _ in range(10 ** 6):                               # Beta's tails are thin
             i = min(int(QUERIES[c.query](r, even) * c.steps), c.steps - 1)
             if i not in taken:
                 break
-        need(i not in taken, f'query = {c.query!r} has no {c.queries} distinct steps')
+        need(i >= 0 and i not in taken, f'query = {c.query!r} has no {c.queries} distinct steps')
         taken.append(i)
     return sorted(taken)
 
@@ -612,7 +613,7 @@ def trajectories(samples, models, c):
 
 
 def at_step(t, i):
-    """Step i of a trajectory (one number, or one a sample): its states and sigmas."""
+    """Step i of a trajectory, one number or one a sample: its z, sigma (B,), and the next ones."""
     b = torch.arange(len(t.batch))
     i = torch.as_tensor(i).expand(len(b))
     return t.z[i, b], t.sigmas[i], t.sigmas[i + 1], t.z[i + 1, b]
@@ -631,14 +632,14 @@ def action(t, i, c, v):
 
 Term = namedtuple('Term', 'batch loss numbers')    # samples; a loss, and numbers to log, of each
 Method = namedtuple('Method', 'updates settings')  # and those settings that not all methods read
-Reward = namedtuple('Reward', 'of_action group attached')  # by its group; with KL's own gradient
+Reward = namedtuple('Reward', 'of_action group attached')  # group: it normalises; see flowopd
 
 
-def distil(batch, models, c, z, sigma, v, v_target, factor):
+def distil(batch, models, c, z, sigma, v, v_target, factor, error=velocity_error):
     """The weighted error of the student's velocity v at states z, as a term."""
-    error = factor * velocity_error(v, v_target)
-    numbers = dict(loss=error.detach(), sigma=sigma, gap=relative_gap(v.detach(), v_target))
-    return Term(batch, error + anchored(batch, models, c, z, sigma, v, factor), numbers)
+    loss = factor * error(v, v_target)
+    numbers = dict(loss=loss.detach(), sigma=sigma, gap=relative_gap(v.detach(), v_target))
+    return Term(batch, loss + anchored(batch, models, c, z, sigma, v, factor), numbers)
 
 
 def anchored(batch, models, c, z, sigma, v, factor):
@@ -652,7 +653,7 @@ def anchored(batch, models, c, z, sigma, v, factor):
     return c.anchor_beta * factor * velocity_error(v, v_anchor)
 
 
-def danceopd(samples, models, c):
+def danceopd(samples, models, c, error=velocity_error):
     """DanceOPD (2606.27377): the plain velocity error, at K states of the student's own rollout."""
     for s in samples:
         s.queries = draw_queries((c.seed, s.step, s.number, 'query'), s, c)
@@ -661,7 +662,7 @@ def danceopd(samples, models, c):
         for batch, z, sigma in visits(samples, models, c, c.states):
             v_target = models.target(batch, z, sigma)
             v = models.velocity('student', batch, z, sigma, c.student_guidance)
-            yield distil(batch, models, c, z, sigma, v, v_target, 1 / c.queries)
+            yield distil(batch, models, c, z, sigma, v, v_target, 1 / c.queries, error)
     yield terms()
 
 
@@ -712,7 +713,7 @@ REWARDS = dict(
     k1=Reward(log_ratio, False, False),         # correct, at the KL's own scale
     k1_group=Reward(log_ratio, True, False),    # as published for rewards: a scale for each step
     paper=Reward(minus_kl, True, False),        # as written: nothing but noise, here to study
-    code=Reward(minus_kl, False, True))         # as released
+    code=Reward(minus_kl, False, True))         # as released: the KL's own gradient, and noise
 
 
 @torch.no_grad()
@@ -747,14 +748,14 @@ def flowopd(samples, models, c):
                 v = models.velocity('student', t.batch, z, sigma, c.student_guidance)
                 factor = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var)
                 kl, a = factor * velocity_error(v, v_target), t.advantage[i]
-                if REWARDS[c.reward].attached:
+                if REWARDS[c.reward].attached:                 # KL(s) keeps its own gradient
                     a = (-kl).clamp(-c.adv_clip, c.adv_clip)
                 logp = log_prob(*action(t, i, c, v))
                 loss, numbers = ppo_loss(logp, t.logp[i], a, c.clip_range)
                 loss = loss + anchored(t.batch, models, c, z, sigma, v, factor)
                 numbers |= dict(loss=kl.detach(), gap=relative_gap(v.detach(), v_target),
                                 sigma=sigma, flat=(t.advantage[i] == 0).float())
-                yield Term(t.batch, c.updates / len(t.v) * loss, numbers)
+                yield Term(t.batch, c.updates / len(t.v) * loss, numbers)  # its shares: 1 / updates
 
     for some in trajectories(samples, models, c):
         flowopd_advantages(some, models, c)
@@ -787,13 +788,14 @@ def mean_gap(route, rows, models, c, world):
 
 @torch.no_grad()
 def render(who, route, rows, models, c, world, own=False):
-    """Pictures of rows: with the student's guidance, or a teacher's own."""
+    """Pictures of rows: with rollout_guidance, or a teacher's own."""
     w = models.teachers[who].get('guidance', 1.0) if own else c.rollout_guidance
     samples = [Sample(row, route['size'], torch_rng(c.seed, 'eval', route['data'], i), number=i)
                for i, row in enumerate(rows)]
     done = []
     for batch in micro_batches(samples[world.rank::world.size], models, c):
-        z, sigmas = first_states(batch, models, c.sample_steps), models.sigmas(batch, c.sample_steps)
+        z = first_states(batch, models, c.sample_steps)
+        sigmas = models.sigmas(batch, c.sample_steps)
         z = denoise(partial(models.velocity, who, w=w), batch, z, sigmas)
         done += [(s.number, x.clone()) for s, x in zip(batch, models.field.decode(z).cpu())]
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
@@ -831,7 +833,7 @@ def main(argv):
     if world.rank == 0:
         checks.print_plan(c, data, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
     if c.dry_run:
-        return print('dry run: settings and data are fine')
+        return checks.tell_dry_run(c, world)
 
     folder = Folder(c, world, c.teachers)
     held = data.drawn(c.seed, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
@@ -841,7 +843,7 @@ def main(argv):
     student = models.student
     draw = partial(render, models=models, c=c, world=world)
     folder.begin(models, data, held, draw)
-    if folder.first % c.eval_every == 0 and not folder.evaluated():
+    if not folder.evaluated():
         evaluate(folder.first, held, draw, models, c, folder)
 
     for step in (bar := folder.bar()):

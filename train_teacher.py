@@ -90,6 +90,7 @@ def check(c):
     method, trained, G = c.method, c.steps - c.drop_last, c.group_size
     choices = dict(checks.CHOICES, method=METHODS, sde=train_opd.SDES,
                    sigmas=('logit_normal', 'uniform'))
+    checks.check_choices(c, choices)
     checks.check_settings(c, SETTINGS[0], choices, (*checks.ABOVE_0, 'eta', 'timestep_fraction'),
                           dealt=deals_groups(method))
     checks.require([(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
@@ -194,7 +195,8 @@ def flow_matching(samples, models, c):
         schedule, sigma = models.sigmas(batch, 1000), []
         for s in batch:
             key = c.seed, s.step, s.number
-            if rng(*key, 'drop').random() < c.prompt_dropout:
+            drop = 0.0 if s.step == 'eval' else c.prompt_dropout
+            if rng(*key, 'drop').random() < drop:
                 s.cond = s.empty
             sigma.append(draw_sigma(schedule, rng(*key, 'sigma'), c.sigmas))
         with torch.no_grad():
@@ -411,7 +413,7 @@ def main(argv):
         for k, b in data.buckets.items():
             print(f'bucket {k:20s} {len(b)} rows, {len(data.held[k])} to evaluate on')
     if c.dry_run:
-        return print('dry run: settings and data are fine')
+        return checks.tell_dry_run(c, world)
     c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance
     samples_of = partial(plan, c=c, buckets=data.buckets, world=world,
                          same_noise=c.same_noise and c.method != 'sft',
@@ -424,7 +426,7 @@ def main(argv):
                           for s in samples_of(step))
     models.judges, student = Judges(c, folder), models.student
     folder.begin(models, data, held)
-    if folder.first % c.eval_every == 0 and not folder.evaluated():
+    if not folder.evaluated():
         evaluate(folder.first, held, models, c, folder)
 
     for step in (bar := folder.bar()):

@@ -45,6 +45,9 @@ class UNet(Field):
         need(kind != 'epsilon' or not c.rescale_betas_zero_snr, 'scheduler: rescale_betas_zero_snr '
              'starts from noise alone, where prediction_type epsilon says nothing of a picture; '
              'set in scheduler_config.json what the model was trained with')
+        need(c.get('final_sigmas_type', 'zero') == 'zero', 'scheduler: final_sigmas_type '
+             f'{c.get("final_sigmas_type")!r} ends before the picture; set "zero" in '
+             'scheduler_config.json')
         b = (1 - a ** 2).sqrt()
         self.to_velocity, self.table = VELOCITY[kind], b / (a + b)     # sigma of every t: it grows
 

@@ -7,6 +7,7 @@ import json, os, pathlib, re, subprocess, sys
 import safetensors
 
 from configurator import BadInput, need
+from support.disk import flaw
 
 FILES = 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors'  # the first wins
 KOHYA = re.compile('lora_unet_|lora_transformer_|lycoris_')              # and names without dots
@@ -101,6 +102,7 @@ def read_adapter(path):
     path = find(path)
     need(path.suffix == '.safetensors',
          f'{path}: only .safetensors files are read (a pickle may run code)')
+    need(not flaw(path), f'adapter {path} {flaw(path)}')
     try:
         with open(path, 'rb') as f:
             need(f.read(19) != b'version https://git', f'{path} is a git-lfs pointer: fetch the '

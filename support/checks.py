@@ -1,10 +1,11 @@
 """
-All that can be known before weights are loaded: settings, routes, teachers, data, sizes; and the table
-that a run prints first. A rule is (does it hold, what to say if not); the first that does not is said.
-Nothing here is needed to understand a method, and a method is not named here: its settings are known
-by those that its entry in METHODS declares: one that reads clip_range, say, is a policy gradient.
+All that can be known before weights are loaded: settings, routes, teachers, data, sizes; and the
+table that a run prints first. A rule is (does it hold, what to say if not); the first that does not
+is said. Nothing here is needed to understand a method, and a method is not named here: its settings
+are known by those that its entry in METHODS declares: one that reads clip_range, say, is a policy
+gradient.
 """
-import math, os
+import math, os, re
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,22 @@ from types import SimpleNamespace
 import torch
 
 import merge_lora
-from configurator import configure, need
+from configurator import BadInput, configure, need
+from support.disk import place
 from support.files import REMAKE, is_hub_id, load_function, model_configs, open_buckets
 from support.models import check_size, find_family
+from support.rewards import MODELS
 
-CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'), base_storage=('', 'float8'),
+CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
+               base_storage=('', 'float8'),
                dtype=('auto', 'float32', 'bfloat16'))          # float16 has not the range
 ABOVE_0 = 'lr', 'alpha', 'clip_range', 'adv_clip'
-FROM_0 = 'drop_last', 'warmup', 'score_samples', 'best_of'     # integers; all others are at least 1
+FROM_0 = 'drop_last', 'warmup', 'score_samples', 'best_of'     # integers; others are at least 1
+MOST = dict(lr=1.0, weight_decay=1.0, rank=4096)       # beyond which nothing is learned but a typo
+STARTS = 'base', 'merge', 'resume'                     # of init_from, which else names an adapter
+HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)+')             # owner/repo, or a folder in it
+# names that a config waits to have filled in
+PLACEHOLDER = re.compile(r'<[^>]*>|\byour[-_ ](name|lora|model|data|adapter)\b|^/?path/to/', re.I)
 
 
 def require(rules):
@@ -35,98 +44,159 @@ def own_settings(settings, argv):
     """A run's settings. With another model the demonstration's eval_data and score mean nothing."""
     given = set()
     c = configure(settings, argv, given)
+    for k, x in vars(c).items():
+        check_texts(k, x)
     for k, none in (('eval_data', []), ('score', '')):
         if c.model != settings[0]['model'] and k not in given and getattr(c, k) == settings[0][k]:
             setattr(c, k, none)
-    c.model = os.path.expanduser(c.model)
+    for k in ('model', 'init_from', 'out_dir'):
+        setattr(c, k, os.path.expanduser(getattr(c, k)))
     return c
+
+
+def check_texts(k, x):
+    """A setting's texts, however deep, are such as files can have for names."""
+    if isinstance(x, (list, tuple, dict)):
+        for y in (*x, *x.values()) if isinstance(x, dict) else x:
+            check_texts(k, y)
+    elif isinstance(x, str):
+        need('\0' not in x and x == x.encode(errors='ignore').decode(),
+             f'{k}: {x!r} has a character that is none, as a NUL')
+        need(not PLACEHOLDER.search(x), f'{k}: {x} is a placeholder: put a name of your own there')
+
+
+def check_choices(c, choices):
+    for k, known in choices.items():
+        told = ', '.join(map(repr, known))
+        need(getattr(c, k) in known, f'{k}: {getattr(c, k)!r} is not one of {told}')
 
 
 def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
     """What both trainers ask of settings, one by one and together; none is set in vain. `dealt`: a
     step's groups are dealt among its updates."""
     methods = choices['method']
-    for k, known in choices.items():
-        need(getattr(c, k) in known, f'{k}: {getattr(c, k)!r} is not one of {", ".join(map(repr, known))}')
+    check_choices(c, choices)
     for k, x in vars(c).items():
         if k in above:
             need(is_number(x), f'{k} must be more than 0, not {x!r}')
         elif type(x) in (int, float) and k != 'seed':
-            least = int(type(x) is int and k not in FROM_0)
+            own = defaults[k] if type(defaults[k]) in (int, float) else 1      # a default is legal
+            least = min(int(type(x) is int and k not in FROM_0), own)
             need(x >= least, f'{k} must be at least {least}, not {x}')
+        need(k not in MOST or x <= MOST[k], f'{k} must be at most {MOST.get(k)}, not {x}')
     for k in sorted({k for m in methods.values() for k in m.settings}):
         need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '
              f'{c.method!r} does not read it; leave it at {defaults[k]!r}')
     world = int(os.environ.get('WORLD_SIZE', 1))
     unit = c.group_size * (c.updates if dealt else 1) * world
+    layers = c.lora_targets
     require([
-        (not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install wandb'),
-        (not c.tensorboard_log or find_spec('tensorboard'), 'tensorboard_log needs a package more: '
-         'pip install tensorboard'),
-        (c.out_dir.strip(), 'out_dir is empty: name a folder for the run'),
+        (not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install '
+         'wandb'),
+        (not c.tensorboard_log or find_spec('tensorboard'), 'tensorboard_log needs a package '
+         'more: pip install tensorboard'),
+        (layers is None or layers and all(isinstance(x, str) and x for x in layers),
+         f'lora_targets: names of layers, or None, not {layers}'),
         (c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}'),
         (len(c.betas) == 2 and all(type(x) in (int, float) and 0 <= x < 1 for x in c.betas),
          f'betas: two numbers from 0 to below 1, not {c.betas}'),
         (c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
          "sigma' sin(eta pi / 2)"),
-        (c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of {c.steps} '
-         'step(s)'),
-        (c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} processes '
-         f'x {c.updates} updates x groups of {c.group_size}; the nearest that does is '
+        (c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of '
+         f'{c.steps} step(s)'),
+        (c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} '
+         f'processes x {c.updates} updates x groups of {c.group_size}; the nearest that does is '
          f'{max(unit, round(c.batch_size / unit) * unit)}')])
+    place(c.out_dir)
     if c.score:
-        load_function(c.score)
-    if c.init_from not in ('base', 'merge', 'resume') and not is_hub_id(c.init_from):
+        check_score(c.score)
+    if c.init_from not in STARTS:
+        check_path('init_from', c.init_from, mend=f', nor one of {", ".join(STARTS)}')
+    if c.init_from not in STARTS and not is_hub_id(c.init_from):
         merge_lora.read_adapter(c.init_from)                   # there, whole and readable
+
+
+def check_score(score):
+    try:
+        load_function(score)
+    except BadInput as e:
+        raise BadInput(f'score: {e}') from e
+
+
+def check_path(what, path, mend=''):
+    """Something that is here, or that may be on the hub."""
+    need(os.path.exists(os.path.expanduser(path)) or is_hub_id(path) and HUB_ID.fullmatch(path),
+         f'{what}: {path} does not exist{mend}')
 
 
 def check_method(c, reads, rewards):
     """What a method that reads these settings asks of them."""
     policy, kl = 'clip_range' in reads, 'kl_var' in reads
     require([
-        (c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from {c.steps} '
-         'steps'),
+        (c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from '
+         f'{c.steps} steps'),
         (not policy or not rewards[c.reward].group or c.group_size > 1, f'group_size = 1: reward = '
          f'{c.reward!r} compares the samples of one prompt; at least 2 (Flow-OPD: 16)'),
-        (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has 0.7'),
-        (not policy or c.rollout_guidance == c.student_guidance, 'a policy gradient improves the policy '
-         'that drew the samples: rollout_guidance and student_guidance must be equal'),
-        (c.kl_var == 'true' or c.eta, "kl_var = 'code' is about an SDE's variance: it needs eta above "
-         '0'),
-        (c.sde != 'cps' or not c.eta or not kl or (c.drop_last and c.kl_var == 'true'),
-         "sde = 'cps' ends without noise, where the KL has no value: set drop_last = 1, kl_var = 'true'"),
-        (not c.anchor_beta or c.anchor, "anchor_beta is set but there is no anchor: set anchor = 'base'"),
-        (not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set both (Flow-OPD: 0.04)')])
+        (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has '
+         '0.7'),
+        (not policy or c.rollout_guidance == c.student_guidance, 'a policy gradient improves the '
+         'policy that drew the samples: rollout_guidance and student_guidance must be equal'),
+        (c.kl_var == 'true' or not policy or rewards[c.reward].attached, "kl_var = 'code' is about "
+         f"a KL that keeps its gradient; reward = {c.reward!r} has none: leave it at 'true'"),
+        (c.kl_var == 'true' or c.eta, "kl_var = 'code' is about an SDE's variance: it needs eta "
+         'above 0'),
+        (c.sde != 'cps' or not c.eta or not kl or (c.drop_last and c.kl_var == 'true'), "sde = "
+         "'cps' ends without noise, where the KL has no value: set drop_last = 1, kl_var = 'true'"),
+        (not c.anchor_beta or c.anchor, 'anchor_beta is set but there is no anchor: set anchor = '
+         "'base'"),
+        (not c.anchor or c.anchor_beta, 'anchor is set but anchor_beta is 0: set both (Flow-OPD: '
+         '0.04)')])
 
 
 def check_teachers(c):
     names = [t.get('name') for t in c.teachers if isinstance(t, dict)]
-    taken = {None, 'student', 'default', 'half', 'float', 'double', 'type', 'to', 'train', 'eval'}
     for t in c.teachers:
         check_entry(t, 'teacher', 'name', 'name lora checkpoint guidance weight make')
-        name, path = t.get('name'), str(t.get('lora') or t.get('checkpoint') or '')
-        mend = f'; make it with:\n    {t["make"]}' if t.get('make') else REMAKE * path.startswith('data/shapes')
+        name = t.get('name')
         require([
-            (str(name).isidentifier() and name not in taken, f'teacher name {name!r}: a word of '
+            (isinstance(name, str) and name.isidentifier() and name not in ('student', 'default')
+             and not hasattr(torch.nn.ModuleDict(), name), f'teacher name {name!r}: a word of '
              'letters, digits and _, and none that torch uses as "half"'),
             (names.count(name) == 1, f'two teachers are called {name!r}; give each its own name'),
-            (not (t.get('lora') and t.get('checkpoint')), f'teacher {name!r} has both lora and checkpoint'),
-            (is_number(t.get('guidance', 1)), f'teacher {name!r}: guidance must be more than 0, not '
-             f'{t.get("guidance")!r}'),
-            (name != 'base' or not path, 'the name "base" is the frozen base\'s: give this another'),
-            (is_hub_id(path) or Path(path).expanduser().exists(),
-             f'teacher {name!r}: {path} does not exist{mend}')])
-        if t.get('lora') and not is_hub_id(path):
-            merge_lora.read_adapter(path)                      # whole and readable
+            (is_number(t.get('guidance', 1)), f'teacher {name!r}: guidance must be more than 0, '
+             f'not {t.get("guidance")!r}')])
+        check_weights(t, name)
     need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: '
          f'{", ".join(names)}')
     return names
 
 
+def check_weights(t, name):
+    """Where a teacher's weights are; an adapter is whole and readable."""
+    texts = {k: t.get(k) or '' for k in ('lora', 'checkpoint', 'make')}
+    for k, x in texts.items():
+        need(isinstance(x, str), f'teacher {name!r}: {k} should be text, not {x!r}')
+    path = texts['lora'] or texts['checkpoint']
+    need(not (texts['lora'] and texts['checkpoint']),
+         f'teacher {name!r} has both lora and checkpoint')
+    need(name != 'base' or not path, 'the name "base" is the frozen base\'s: give this another')
+    mend = REMAKE * path.startswith('data/shapes')
+    if texts['make']:
+        mend = f'; make it with:\n    {texts["make"]}'
+    if path:
+        check_path(f'teacher {name!r}', path, mend)
+    if texts['lora'] and not is_hub_id(path):
+        merge_lora.read_adapter(path)
+    folder = Path(path).expanduser()
+    need(not texts['checkpoint'] or is_hub_id(path) or any(
+        (folder / k).is_file() for k in ('config.json', 'model_index.json')),
+         f'teacher {name!r}: {path} is no model: it has neither config.json nor model_index.json')
+
+
 def check_entry(x, what, key, known):
     need(isinstance(x, dict), f'{x!r}: teachers are dict(name=..., lora=...), routes '
          'dict(teacher=..., data=...)')
-    odd = sorted(set(x) - set(known.split()))
+    odd = sorted(map(str, set(x) - set(known.split())))
     need(not odd, f'{what} {x}: unknown {odd}; known: {known}')
     need(is_number(x.get('weight', 1)), f'{what} {x.get(key)!r}: weight must be more than 0, not '
          f'{x.get("weight")!r}')
@@ -137,21 +207,23 @@ def check_routes(c, names):
     for r in c.routes:
         check_entry(r, 'route', 'data', 'teacher data weight samples resolution')
         require([
-            (r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there are: '
-             f'{", ".join(names)}'),
+            (isinstance(r.get('data'), str), f'route {r}: data names a bucket, as data="edits"'),
+            (r.get('teacher') in names, f'a route names the teacher {r.get("teacher")!r}; there '
+             f'are: {", ".join(names)}'),
             ('samples' not in r or c.routes_per_step == 'all',
              "`samples` in a route needs routes_per_step = 'all'"),
             (type(r.get('samples', 1)) is int, f'{r}: samples must be a whole number')])
     labels, G = [r.get('data') for r in c.routes], c.group_size
-    need(len(set(labels)) == len(labels), f'two routes have the same data; each needs its own: {labels}')
+    need(len(set(labels)) == len(labels), 'two routes have the same data; each needs its own: '
+         f'{labels}')
     if c.routes_per_step == 'all':
         parts = [r.get('samples', c.batch_size // len(labels)) for r in c.routes]
-        need(sum(parts) == c.batch_size, f"batch_size is {c.batch_size}, but the routes' samples sum to "
-             f'{sum(parts)}: set it so')
+        need(sum(parts) == c.batch_size, f"batch_size is {c.batch_size}, but the routes' samples "
+             f'sum to {sum(parts)}: set it so')
         each = G * c.updates
-        need(all(p > 0 and p % each == 0 for p in parts), f'samples {parts} must be multiples of group_size x '
-             f'updates = {each}, so that every update has its share of every route; the nearest: '
-             f'{[max(1, round(p / each)) * each for p in parts]}')
+        need(all(p > 0 and p % each == 0 for p in parts), f'samples {parts} must be multiples of '
+             f'group_size x updates = {each}, so that every update has its share of every route; '
+             f'the nearest: {[max(1, round(p / each)) * each for p in parts]}')
     loras = {t['name'] for t in c.teachers if t.get('lora')} & {r['teacher'] for r in c.routes}
     need(c.init_from != 'merge' or loras, "init_from = 'merge' needs a route to a LoRA teacher")
     return labels
@@ -160,13 +232,18 @@ def check_routes(c, names):
 def pixels(x):
     """A resolution as (height, width)."""
     size = (x, x) if type(x) is int else tuple(x) if isinstance(x, (list, tuple)) else ()
-    need([type(n) for n in size] == [int, int], f'resolution: a number, or [height, width], not {x!r}')
+    need([type(n) for n in size] == [int, int],
+         f'resolution: a number, or [height, width], not {x!r}')
     return size
 
 
 def check_data(c, families, labels=(), need_target=False):
     """Training and held-out buckets, every picture looked at; can the model take these sizes?"""
     c.resolution = list(pixels(c.resolution))
+    for k in ('data', 'eval_data'):
+        odd = [x for x in getattr(c, k) if not isinstance(x, str)]
+        need(not odd, f'{k}: paths of files, not {odd[:1]}')
+    check_path('model', c.model, REMAKE * ('shapes' in c.model))
     data = open_buckets(c.data, c.eval_data, labels, need_target)
     c.routes = [dict(r, size=pixels(r.get('resolution', c.resolution))) for r in c.routes or
                 [dict(data=k, weight=float(len(b))) for k, b in data.buckets.items()]]
@@ -193,11 +270,28 @@ def check(c, defaults, families, choices):
     labels = check_routes(c, names)
     data = check_data(c, families, labels, c.states == 'data')
     edits = {b.sources > 0 for b in data.buckets.values()}
-    need(c.mixing == 'hard' or len(edits) == 1, "mixing = 'soft' needs routes that all edit, or none")
+    need(c.mixing == 'hard' or len(edits) == 1,
+         "mixing = 'soft' needs routes that all edit, or none")
     return data
 
 
-# -------------------- the table before step 0
+def tell_dry_run(c, world):
+    """The end of a dry run: what it could not look at, if there is something."""
+    starts = [('init_from', c.init_from)] * (c.init_from not in STARTS)
+    named = [('model', c.model), *starts, *(
+        (f'teacher {t["name"]}', t.get('lora') or t.get('checkpoint'))
+        for t in getattr(c, 'teachers', ()))]
+    unseen = [f'{what} {path}' for what, path in named if path and is_hub_id(path)]
+    asked = [r['reward'] for r in c.reward] if isinstance(c.reward, list) else []
+    unseen += [f'reward {name}' for name in asked if name.partition('@')[0] in MODELS]
+    if world.rank == 0:
+        print('dry run: settings and data are fine' + bool(unseen) *
+              f'; not looked at, for they come from elsewhere: {", ".join(unseen)}')
+
+
+# --------------------------------------------------------------------------------------------------
+# The table before step 0
+
 class Blank:
     """A family that answers zeros: a method is rehearsed on it, and its forwards counted."""
     device = torch.device('cpu')
@@ -226,8 +320,8 @@ def rehearsed(c, plan, method, Models, steps=3):
     three, with guidance double."""
     models = Models.__new__(Models)
     vars(models).update(
-        field=Blank(), full={}, adapters=(), layers=(), schedules={}, mixing=c.mixing, offload=False,
-        teachers={t['name']: t for t in c.teachers},
+        field=Blank(), full={}, adapters=(), layers=(), schedules={}, mixing=c.mixing,
+        offload=False, teachers={t['name']: t for t in c.teachers},
         prompts=SimpleNamespace(condition=lambda batch: [setattr(s, 'cond', ()) for s in batch]))
     for step in range(steps):
         samples = plan(step, world=SimpleNamespace(rank=0, size=1))
@@ -241,13 +335,13 @@ def print_plan(c, data, plan, methods, Models):
     """What follows from the settings."""
     size, world = c.batch_size, int(os.environ.get('WORLD_SIZE', 1))
     forwards = rehearsed(c, plan, methods[c.method], Models)
+    sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
     rows = [('model', f'{c.model} ({data.pipeline or "family unknown until fetched"})'),
-            ('method', f'{c.method}, {c.steps} steps, {f"SDE {c.sde} {c.eta}" if c.eta else "ODE"}, '
-             f'from {c.init_from}'),
-            ('samples a step', f'{size} in groups of {c.group_size}; {size // world} on each of {world} '
-             f'process(es), {c.micro_batch} a forward'),
-            ('forwards a step', f'{forwards:.0f}, {forwards / size:.1f} a sample, teachers included; with '
-             'gradient they count three, with guidance double'),
+            ('method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'),
+            ('samples a step', f'{size} in groups of {c.group_size}; {size // world} on each of '
+             f'{world} process(es), {c.micro_batch} a forward'),
+            ('forwards a step', f'{forwards:.0f}, {forwards / size:.1f} a sample, teachers '
+             'included; with gradient they count three, with guidance double'),
             ('updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts')]
     rows += [(f'route {r["data"]}', f'teacher {r["teacher"]}, {len(data.buckets[r["data"]])} rows, '
               f'weight {r.get("weight", 1)}, {"%d x %d" % r["size"]} pixels') for r in c.routes]

@@ -7,7 +7,20 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from configurator import BadInput
+from configurator import BadInput, need
+
+
+def place(path):
+    """A folder that a run may be written in: what is there of it can be written to, the rest can
+    be made."""
+    need(path.strip() and Path(path) != Path(), 'out_dir is empty: name a folder for the run')
+    parts = Path(path), *Path(path).parents
+    there = next(p for p in parts if os.path.lexists(p))
+    need(os.path.isdir(there), f'out_dir: {path}: {there} is '
+         + ('a link to nothing' if there.is_symlink() else 'no folder') + '; choose another')
+    need(os.access(there, os.W_OK | os.X_OK), f'out_dir: {path}: {there} may not be written to')
+    need(all(len(os.fsencode(x)) < 256 for x in Path(path).parts), f'out_dir: {path}: a name of '
+         'more than 255 bytes; choose another')
 
 
 @contextmanager

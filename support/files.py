@@ -383,10 +383,14 @@ def model_configs(path):
     need(is_hub_id(path) or 'index' in configs, f'{path} is no diffusers folder: it has no '
          'model_index.json' + REMAKE * ('shapes' in path))
     index = configs.get('index', {})
-    gone = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and
-            k not in UNUSED and not (Path(path) / k).is_dir()]
-    need(not gone, f'{path}/model_index.json names a {" and a ".join(gone)}, but has no such folder; '
-         'fetch the model again')
+    parts = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and
+             k not in UNUSED]
+    gone = [k for k in parts if not (Path(path) / k).is_dir()]
+    need(not gone, f'{path}/model_index.json names a {" and a ".join(gone)}, but has no such '
+         'folder; fetch the model again')
+    gone = [k for k in parts if k not in configs and k.startswith(('transformer', 'unet', 'vae'))]
+    need(not gone, f'{path}: its {" and its ".join(gone)} has no config.json; fetch the model '
+         'again')
     name = index.get('_class_name', '')
     need('index' not in configs or name and isinstance(name, str), f'{path}/model_index.json is '
          'damaged: its _class_name should name a pipeline; fetch the model again')
@@ -413,7 +417,11 @@ def explained(error, path):
     where = frames[-1].filename, frames[-1].lineno
     if isinstance(error, SyntaxError):             # it carries its own
         where, error = (error.filename, error.lineno), type(error)(error.msg)
-    return one_line(f'{type(error).__name__}: {error}') + f' ({where[0]}, line {where[1]})'
+    try:
+        said = str(error)
+    except Exception:                              # their own class may have no words either
+        said = 'it cannot say why'
+    return one_line(f'{type(error).__name__}: {said}') + f' ({where[0]}, line {where[1]})'
 
 
 @functools.cache
@@ -467,9 +475,9 @@ def ask(name, function, images, rows):
         said = function(images.clone(), [dict(row) for row in rows])
         if hasattr(said, '__iter__') and not isinstance(said, str | bytes | dict):
             said = list(said)                      # a generator runs only now
-    except RewardError:
+    except (RewardError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as e:
+    except BaseException as e:                     # SystemExit, and whatever else it may raise
         code = getattr(inspect.unwrap(function), '__code__', None)
         raise RewardError(f'{name}: {explained(e, code and code.co_filename)}') from e
     if not isinstance(said, list):

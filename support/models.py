@@ -31,8 +31,15 @@ def find_family(families, pipeline, family=''):
 
 def check_size(family, pipeline, configs, height, width, editing=False):
     """Can the family take this size, and edit?"""
-    unit = family.unit(configs) if family else 16
-    most = family.largest(configs, editing) if family else (math.inf, math.inf)
+    unit, most = 1, (math.inf, math.inf)               # of a hub id nothing is known
+    try:
+        if family:
+            unit, most = family.unit(configs), family.largest(configs, editing)
+        if not min(unit, *most) > 0:
+            raise ValueError(f'patches of {unit} pixels')
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as e:
+        raise BadInput(f'{pipeline}: the config.json of its {family.prefix} or vae is damaged '
+                       f'({one_line(repr(e))}); fetch the model again') from e
     name = pipeline or 'this model'
     for what, x in (('height', height), ('width', width)):
         need(x >= unit and x % unit == 0, f'resolution: {name} takes a {what} in multiples of '
@@ -56,8 +63,8 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
     kind = find_family(families, index.get('_class_name', ''), family)     # before any weights
     pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
-    for m in (net, pipe.vae):
-        check_whole(m, f'model {path}')
+    for name, m in (kind.prefix, net), ('vae', pipe.vae):
+        check_whole(m, f'model {path}', f' of its {name}')
     if base_storage:
         store_small(net)
     field = kind(pipe, device, max_sequence_length, distilled_guidance)
@@ -86,8 +93,9 @@ def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
                     for k, v in wanted.items()}
         pipe = getattr(diffusers, pipeline).from_pretrained(
             path, dtype=kinds, use_safetensors=True, **encoders, **dict.fromkeys(unused))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError,
-            ImportError) as e:
+    except BadInput:
+        raise
+    except Exception as e:                                     # of a broken folder, whatever comes
         raise BadInput(f'model {path} does not load as a {pipeline}: '
                        f'{one_line(e) or type(e).__name__}. Fetch it again with `hf download`; a '
                        'gated one needs its licence accepted and `hf auth login`') from e
@@ -99,12 +107,17 @@ def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
 
 def open_encoder(kind, path, name, dtype):
     """A text encoder. transformers would fill what its file lacks with random numbers."""
-    net, info = kind.from_pretrained(path, subfolder=name, dtype=dtype, use_safetensors=True,
-                                     output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        net, info = kind.from_pretrained(
+            path, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True)
+    except Exception as e:                                     # of a broken file, whatever comes
+        raise ValueError(f'its {name}: {one_line(e) or type(e).__name__}') from e
     for what, found in (('lack', info['missing_keys']),
                         ('have other shapes for', info['mismatched_keys'])):
         need(not found, f'model {path}: the weights of its {name} {what} {len(found)} of the '
              f'tensors that its config asks for, as {sorted(map(str, found))[:1]}; fetch it again')
+    check_whole(net, f'model {path}', f' of its {name}')
     return net
 
 
@@ -113,14 +126,19 @@ def check_tokenizer(tokenizer, what):
     tokenizer = getattr(tokenizer, 'tokenizer', tokenizer)         # of a processor
     words = set(tokenizer('a picture').input_ids) - set(tokenizer.all_special_ids)
     need(words, f'{what} knows no words: its vocabulary is missing; fetch it again')
+    clip = 'CLIP' in type(tokenizer).__name__                      # it is cut where that says
+    need(not clip or tokenizer.model_max_length < 10 ** 6, f'{what} does not know how long a text '
+         'may be: its tokenizer_config.json is gone or damaged; fetch it again')
 
 
-def check_whole(net, what):
+def check_whole(net, what, part=''):
     """diffusers leaves what a file lacks without memory; and a broken file may hold no numbers."""
     lost = [k for k, p in net.named_parameters() if p.is_meta]
-    need(not lost, f'{what}: its weights lack {len(lost)} tensors, as {lost[:1]}; fetch it again')
+    need(not lost, f'{what}: its weights lack {len(lost)} tensors{part}, as {lost[:1]}; fetch it '
+         'again')
     bad = [k for k, p in net.named_parameters() if not p.isfinite().all()]
-    need(not bad, f'{what}: {len(bad)} of its tensors are not finite, as {bad[:1]}; fetch it again')
+    need(not bad, f'{what}: {len(bad)} of its tensors are not finite, as {bad[:1]}{part}; fetch '
+         'it again')
 
 
 def store_small(net):
@@ -492,9 +510,12 @@ class Student:
         counts = state.get('counts', dict(updates=step, skipped=0, idle=0, recent=[]))
         self.updates, self.skipped, self.idle = (counts[k] for k in ('updates', 'skipped', 'idle'))
         self.recent.extend(counts['recent'])
-        own = self.optimizer.state_dict()                      # a resume follows the settings
-        try:
-            self.optimizer.load_state_dict({**own, 'state': state['optimizer']['state']})
+        own, moments = self.optimizer.state_dict(), state['optimizer']['state']
+        try:                                                   # a resume follows the settings
+            shapes = [p.shape for p in self.params.values()]
+            if moments and [moments[i]['exp_avg'].shape for i in range(len(shapes))] != shapes:
+                raise ValueError('its moments have other shapes')
+            self.optimizer.load_state_dict({**own, 'state': moments})
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f'{folder}/train_state.pt has another optimizer ({e}); delete {folder} '
                            'to resume from the checkpoint before it') from e
@@ -503,7 +524,13 @@ class Student:
 def train_state(folder):
     try:
         state = torch.load(Path(folder) / 'train_state.pt', map_location='cpu', weights_only=True)
-        assert isinstance(state['student'], dict) and isinstance(state['optimizer'], dict)
+        moments = state['optimizer']['state'].values()
+        numbers = *state['student'].values(), *(x for m in moments for x in m.values())
+        if not all(torch.as_tensor(x).isfinite().all() for x in numbers):
+            raise ValueError('values that are not finite')
+        counts = state.get('counts', dict(recent=[], updates=0, skipped=0, idle=0))
+        if sorted(counts) != ['idle', 'recent', 'skipped', 'updates']:
+            raise ValueError('its counts are odd')
         return state
     except Exception as e:
         said = str(e).strip().partition('\n')[0] or type(e).__name__

@@ -9,27 +9,50 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from configurator import BadInput
+from configurator import BadInput, need
+
+
+def device_of(device, local=0):
+    """The device that a setting names, '' for a GPU if there is one; of several processes each has
+    its own."""
+    try:
+        found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as e:
+        raise BadInput(f'device: {device!r} is not known; cpu, cuda or cuda:1') from e
+    if found.type == 'cuda':
+        found = torch.device('cuda', local if found.index is None else found.index)
+        there = torch.cuda.device_count()
+        need(found.index < there, f'device = {str(found)!r}: this machine has {there} GPU(s)')
+    else:
+        need(found.type in ('cpu', 'mps', 'xpu'), f'device: {device!r} is none that models run on; '
+             'cpu, cuda or cuda:1')
+        try:
+            torch.zeros(1, device=found)
+        except (RuntimeError, AssertionError, NotImplementedError) as e:
+            raise BadInput(f'device: this machine has no {device!r}') from e
+    return found
 
 
 def launch(device='', tf32=True):
     """This process among all: rank, size, device. Works with and without torchrun."""
     rank, size, local = (int(os.environ.get(k, d))
                          for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    gpu = torch.cuda.is_available() and not device.startswith('cpu')
-    device = f'cuda:{local}' if gpu and device in ('', 'cuda') else device or 'cpu'
+    device = device_of(device, local)
+    gpu = device.type == 'cuda'
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    stop = Stop()
     if size > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(hours=1))
         atexit.register(dist.destroy_process_group)
-    return SimpleNamespace(rank=rank, size=size, device=torch.device(device), stop=Stop())
+    return SimpleNamespace(rank=rank, size=size, device=device, stop=stop)
 
 
 class Stop:
-    """SIGTERM or Ctrl-C. While a step is learned it is only noted (`asked`), and the loop ends with a
-    checkpoint; at any other time, or the second time, the run ends at once: nothing is lost."""
+    """SIGTERM or Ctrl-C. While a step is learned it is only noted (`asked`), and the loop ends with
+    a checkpoint; at any other time, or the second time, the run ends at once: nothing is lost. (No
+    code that catches its own errors takes a KeyboardInterrupt for one of them.)"""
 
     def __init__(self):
         self.asked, self.busy = False, False
@@ -37,7 +60,8 @@ class Stop:
 
     def hear(self, number, frame):
         if self.asked or not self.busy:
-            raise BadInput('asked to stop; what was saved stays, and --init_from=resume goes on from it')
+            raise KeyboardInterrupt('asked to stop; what was saved stays, and --init_from=resume '
+                                    'goes on from it')
         self.asked = True
 
     def over(self):

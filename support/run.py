@@ -1,5 +1,6 @@
 """
-A run's folder: log.jsonl, samples/, result.json, and checkpoints step_*/ with a link `latest`. A checkpoint is renamed into place when it is whole: a run can be killed at any moment.
+A run's folder: log.jsonl, samples/, result.json, and checkpoints step_*/ with a link `latest`. A
+checkpoint is renamed into place when it is whole: a run can be killed at any moment.
 """
 import fcntl, hashlib, json, math, os, re, resource, shutil, socket, sys, time
 from pathlib import Path
@@ -9,13 +10,13 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
-from support.disk import write_text, writing
-from support.files import RewardError, draw_pairs, grid, judged
+from support.disk import place, write_text, writing
+from support.files import RewardError, draw_pairs, grid, judged, one_line
 from support.plot import curve
 from support.processes import gather
 
-SUMS = 'groups', 'skipped_groups', 'cost'                      # in the log; other numbers are means
-BAD, RECENT = 5, 20                                            # so many skipped of the last so many end a run
+SUMS = 'groups', 'skipped_groups', 'cost'              # in the log; other numbers are means
+BAD = 5                                                # so many skipped of the last 20 end a run
 
 
 class Folder:
@@ -26,7 +27,8 @@ class Folder:
     def __init__(self, c, world, teachers=()):
         self.c, self.world, self.out, self.state, self.stills = c, world, Path(c.out_dir), [], {}
         self.first, self.notes, self.history, self.t0 = 0, [], [], time.time()
-        self.log, self.begun, self.trackers, self.at, self.bad_at = self.out / 'log.jsonl', False, [], '', ''
+        self.log, self.begun, self.trackers = self.out / 'log.jsonl', False, []
+        self.at, self.bad_at = '', ''                          # where the last loss was, a bad one
         paths = {t['name']: t.get('lora') or t.get('checkpoint') or c.model for t in teachers}
         found = {t['name']: merge_lora.find(t['lora']) for t in teachers if t.get('lora')}
         self.meta = dict(
@@ -45,18 +47,18 @@ class Folder:
 
     def read(self):
         """What a resume goes on with."""
-        old = read_json(self.resumed / 'meta.json')
+        old = read_meta(self.resumed / 'meta.json')
         self.meta['settings']['init_from'] = old['settings']['init_from']
         self.first, self.state = old['step'], old['state']
         if self.world.rank == 0:                               # the others' are in it
-            self.notes = old.get('notes', [])
-        lines = self.log.read_text(errors='replace').splitlines() if self.log.exists() else []
-        whole = [json.loads(x) for x in lines if x.startswith('{') and x.endswith('}')]
-        self.history = [e for e in whole if e['step'] <= self.first]   # a kill cuts a line
+            self.notes = old['notes']
+        self.history = [e for e in read_log(self.log) if e['step'] <= self.first]
+        if self.first and not self.history:
+            self.say(f'{self.log} has no entries: the log begins anew at step {self.first}')
 
     def begin(self, models, data, held, render=None):
-        """Before the first step: what it starts from, and edit pairs to be looked at, as files; and the
-        score is asked once, so that it does not fail at the end."""
+        """Before the first step: what it starts from, and edit pairs to be looked at, as files; and
+        the score is asked once, so that it does not fail at the end."""
         self.student, self.prefix, c = models.student, models.field.prefix, self.c
         for name, text in models.derived():
             self.say(f'{name:22s} {text}')
@@ -100,12 +102,14 @@ class Folder:
             tell(entry)
 
     def bar(self):
-        c, quiet = self.c, None if self.world.rank == 0 else True      # None: where nobody looks
-        return tqdm(range(self.first, c.max_steps), initial=self.first, total=c.max_steps, disable=quiet)
+        steps, quiet = self.c.max_steps, None if self.world.rank == 0 else True
+        return tqdm(range(self.first, steps), initial=self.first, total=steps,
+                    disable=quiet)                             # None: where nobody looks
 
     def evaluated(self):
-        """Is the evaluation of the step that this run begins with in the log?"""
-        return any(e['step'] == self.first and 'lr' not in e for e in self.history)
+        """Is the step that this run begins with not one to evaluate, or is that in the log?"""
+        due = self.first % self.c.eval_every == 0 or self.first == self.c.max_steps
+        return not due or any(e['step'] == self.first and 'lr' not in e for e in self.history)
 
     def note(self, batch, **numbers):
         """Numbers of each sample, for the next report; gap and reward also by route."""
@@ -124,13 +128,16 @@ class Folder:
 
     def watch(self, step, norm, student):
         """A skipped update is counted and named; too many end the run."""
+        bad_at, self.bad_at = self.bad_at, ''
         if math.isfinite(norm):
             return
-        where = next(filter(None, gather(self.world, [self.bad_at])), f'{self.at}, whose loss was finite')
-        self.bad_at, many = '', sum(student.recent)
+        where = [x for x in gather(self.world, [bad_at]) if x]
+        where = where[0] if where else f'{self.at}, whose loss was finite'
+        many = sum(student.recent)
         self.say(f'step {step + 1}: update skipped, its gradient was not finite ({where})')
-        need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite gradient, lastly at '
-             f'{where}. Lower lr, or use dtype=float32; the last checkpoint in {self.out} is from before')
+        need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite '
+             f'gradient, lastly at {where}. Lower lr, or use dtype=float32; the last checkpoint in '
+             f'{self.out} is from before')
 
     def glance(self, samples):
         """For the bar: the last sample's numbers, and the step's routes."""
@@ -141,17 +148,21 @@ class Folder:
     def report(self, step, **entry):
         """An entry of the log, and a line for people: means of what was noted; some are sums."""
         notes, self.notes = gather(self.world, self.notes), []
-        gpu = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(0).ru_maxrss / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 1e9
         entry = dict(step=step, **entry, skipped=self.student.skipped, idle=self.student.idle,
                      seconds=round(time.time() - self.t0, 1), memory_gb=round(peak, 2))
         for k in sorted({k for n in notes for k in n}):
             some = [n[k] for n in notes if k in n]             # fsum: in any order the same
-            entry[k] = max(some) if k == 'ratio_off' else math.fsum(some) / (1 if k in SUMS else len(some))
+            total = math.fsum(some) / (1 if k in SUMS else len(some))
+            entry[k] = max(some) if k == 'ratio_off' else total
         self.add(entry)
-        shown = [f'{k.removeprefix("train_")} {v:.4g}' for k, v in entry.items() if k.startswith('train_')
-                 or k in ('loss', 'gap', 'reward', 'kl', 'sigma', 'ratio_off', 'grad_norm')]
-        self.say('  '.join([f'step {step:6d}', *shown, f'{entry["seconds"]:.0f} s', f'{peak:.1f} GB']))
+        told = 'loss', 'gap', 'reward', 'kl', 'sigma', 'ratio_off', 'grad_norm'
+        shown = [f'{k.removeprefix("train_")} {v:.4g}' for k, v in entry.items()
+                 if k in told or k.startswith('train_')]
+        spent = f'{entry["seconds"]:.0f} s', f'{peak:.1f} GB'
+        self.say('  '.join([f'step {step:6d}', *shown, *spent]))
 
     def draw(self, step, lines, heads):
         """Lines of (caption, picture, picture, ...) as a picture of the step."""
@@ -165,12 +176,14 @@ class Folder:
         curve(self.history, self.out / 'loss.png', ['loss', 'reward', *gaps])
 
     def conclude(self, held, models, render):
-        """result.json: by route, the gap before and after, and what the score says of everyone. A score
-        that fails loses nothing else."""
+        """result.json: by route, the gap before and after, and what the score says of everyone. A
+        score that fails loses nothing else."""
         result, c, failed = {}, self.c, ''
         for route in c.routes:
-            gaps = [e[k] for k in [f'gap/{route["data"]}'] for e in self.history if k in e]
-            result[route['data']] = dict(gap_before=gaps[0], gap_after=gaps[-1])
+            name = f'gap/{route["data"]}'
+            gaps = {e['step']: e[name] for e in self.history if name in e}
+            before = dict(gap_before=gaps[0]) if 0 in gaps else {}     # a log may be gone
+            result[route['data']] = dict(before, gap_after=gaps[max(gaps)])
         try:
             for route in c.routes if c.score and c.score_samples else ():
                 result[route['data']] |= self.scores(route, held, models.student, render)
@@ -178,8 +191,8 @@ class Folder:
             failed = str(e)
         self.end(result)
         if failed:
-            raise RewardError(f'{failed}. The gaps are in {self.out}/result.json; score later with: python '
-                              f'sample.py --ckpt {self.out} --score={c.score}')
+            raise RewardError(f'{failed}. The gaps are in {self.out}/result.json; score later '
+                              f'with: python sample.py --ckpt {self.out} --score={c.score}')
 
     def scores(self, route, held, student, render):
         rows, found = held[route['data']][:self.c.score_samples], {}
@@ -199,13 +212,15 @@ class Folder:
             self.curves()
             table(result, name)
             if self.student.skipped:
-                print(f'{self.student.skipped} updates were skipped: their gradients were not finite')
-            print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, {self.out}/samples '
-                  f'the pictures, {self.out}/loss.png the curves. Try: python sample.py --ckpt {self.out}')
+                print(f'{self.student.skipped} updates were skipped: their gradients were not '
+                      'finite')
+            print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, '
+                  f'{self.out}/samples the pictures, {self.out}/loss.png the curves. '
+                  f'Try: python sample.py --ckpt {self.out}')
 
 
 def trackers(folder):
-    """Functions that are told of each entry of the log: wandb, tensorboard, if they are asked for."""
+    """Functions that are told of each entry of the log: wandb, tensorboard, if asked for."""
     c, found = folder.c, []
     if c.wandb_log:
         import wandb
@@ -218,7 +233,8 @@ def trackers(folder):
     if c.tensorboard_log:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(folder.out / 'tensorboard', purge_step=folder.first + 1)
-        found.append(lambda entry: [board.add_scalar(k, v, entry['step']) for k, v in entry.items()])
+        found.append(lambda entry: [board.add_scalar(k, v, entry['step'])
+                                    for k, v in entry.items()])
     return found
 
 
@@ -230,19 +246,53 @@ def table(rows, name):
         print(f'{k:24s}' + ''.join(f'{row[h]:12.3f}' if h in row else f'{"-":>12s}' for h in heads))
 
 
-# -------------------- files
-def read_json(path):
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def read_meta(path):
+    """What a checkpoint says of itself, of the kinds that are worked with."""
+    path, named = Path(path), {'state': [], 'teachers': {}, 'notes': []}
     try:
-        found = json.loads(Path(path).read_text())
-        assert isinstance(found['settings'], dict) and isinstance(found['step'], int)
-        return {'state': [], 'teachers': {}, **found}
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
-        raise BadInput(f'{path} is damaged ({type(e).__name__}: {e}); delete {Path(path).parent} to go on from '
-                       'the checkpoint before it') from e
+        found = {**named, **json.loads(path.read_text())}
+        step, notes = found['step'], found['notes']
+        name = re.fullmatch(r'step_(\d+)', path.parent.name)
+        here = int(name[1]) if name else step
+        for good, what in (
+                (isinstance(found['settings'].get('init_from'), str), 'settings'),
+                (type(step) is int and step == here >= 0, 'step'),
+                (all(len(x) == 4 for x in found['state']), 'state'),
+                (all(isinstance(t, dict) for t in found['teachers'].values()), 'teachers'),
+                (all(type(x) in (int, float) for n in notes for x in n.values()), 'notes')):
+            if not good:
+                raise ValueError(f'its {what} is odd')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BadInput(f'{path} is damaged ({type(e).__name__}: {one_line(e)}); delete '
+                       f'{path.parent} to go on from the checkpoint before it') from e
+    return found
+
+
+def read_log(path):
+    """The entries of a log. A kill cuts its last line; in any other there is something."""
+    try:
+        *lines, cut = path.read_bytes().split(b'\n') if path.exists() else [b'']
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror}') from e
+    entries = []
+    for n, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line.decode())
+            if type(entry['step']) is not int or not all(
+                    type(x) in (int, float) for x in entry.values()):
+                raise ValueError('a value that is no number')
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise BadInput(f'{path}, line {n} is damaged ({one_line(repr(e))}); mend it, or take '
+                           'it out') from e
+        entries.append(entry)
+    return entries
 
 
 def sha256(path):
-    """Of a file, or of all the weight files of a folder; '' where there is nothing of that name here."""
+    """Of a file, or of all the weight files of a folder; '' of nothing that is here."""
     path, h = Path(path), hashlib.sha256()
     # of a pipeline, the denoiser
     path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)
@@ -264,12 +314,16 @@ def newest(out):
 
 
 def save_checkpoint(out, step, write, prefix, meta, keep):
-    """write(folder, prefix) fills it; it is on disk before it has its name, and `latest` is always a
-    whole one. What lies there under its name has no meta.json, or is of a run that came to here before."""
+    """write(folder, prefix) fills it; it is on disk before it has its name, and `latest` is always
+    a whole one. What lies there under its name has no meta.json, or is of a run that came to here
+    before."""
     out, name = Path(out), f'step_{step:06d}'
     with writing(out / name):
-        for old in out.glob('.writing*'):                              # what a killed process left
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        for old in out.glob('.writing*'):                      # what a killed process left
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink()
         tmp, gone = out / f'.writing_{name}', out / f'.writing_old_{name}'
         tmp.mkdir(parents=True)
         write(tmp, prefix)
@@ -284,8 +338,6 @@ def save_checkpoint(out, step, write, prefix, meta, keep):
         shutil.rmtree(gone, ignore_errors=True)
         link = out / '.writing_latest'
         link.symlink_to(name)
-        need(not (out / 'latest').is_dir() or (out / 'latest').is_symlink(), f'{out}/latest is a folder, where '
-             'a run keeps a link: give it another name')
         os.replace(link, out / 'latest')
         for old in checkpoints(out)[:-keep]:
             if old.name != name:
@@ -294,45 +346,63 @@ def save_checkpoint(out, step, write, prefix, meta, keep):
 
 def locked(out):
     """The folder, made and found to be writable, is this run's until its process ends."""
-    need(str(out) not in ('', '.'), 'out_dir is empty: name a folder for the run')
+    place(str(out))
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / '.lock', 'a+')
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            lock.seek(0)
+            who = lock.read(200) or 'another process'
+            raise BadInput(f'{out} is being written by {who}; stop that run, or choose another '
+                           '--out_dir') from e
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+        lock.flush()
     except OSError as e:
-        raise BadInput(f'out_dir: {out} cannot be written to ({e.strerror or e}); choose another') from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        lock.seek(0)
-        raise BadInput(f'{out} is being written by {lock.read() or "another process"}; stop that run, or choose '
-                       'another --out_dir') from e
-    lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {socket.gethostname()}')
-    lock.flush()
+        raise BadInput(f'out_dir: {out} cannot be written to ({e.strerror or e}); choose '
+                       'another') from e
     return lock
 
 
 def claim(out, resume, meta):
-    """Refuses to write over another run, or to resume one with other teachers."""
-    last = newest(out)
+    """Refuses to write over another run or what is none, or to resume one with other teachers."""
+    last, latest = newest(out), out / 'latest'
+    need(latest.is_symlink() or not latest.exists(), f'{latest} is no link, as a run keeps it: '
+         'give it another name')
+    for name in ('log.jsonl', 'result.json', 'loss.png'):
+        need(not (out / name).is_dir(), f'{out / name} is a folder, where a run writes a file')
     if not resume:
-        if last:
-            need(last.name == 'step_000000', f'{out} holds another run (at {last.name}); continue it with '
-                 '--init_from=resume, or choose another --out_dir')
-            shutil.rmtree(last)                                # nothing was learned yet: nothing is lost
-        return
-    need(last, f'{out} has no whole checkpoint to resume from; start the run without init_from=resume')
-    need((out / 'start').is_dir(), f'{out}/start is gone, the adapter that the run began with; restore it')
-    old = read_json(last / 'meta.json')
+        return vacant(out, last)
+    need(last, f'{out} has no whole checkpoint to resume from; start the run without '
+         'init_from=resume')
+    need((out / 'start').is_dir(), f'{out}/start is gone, the adapter that the run began with; '
+         'restore it')
+    old = read_meta(last / 'meta.json')
     for name, t in meta['teachers'].items():
         before = old['teachers'].get(name, {})
-        what = 'sha256' if t['sha256'] and before.get('sha256') else 'path'    # a hub id has no sum
+        what = 'sha256' if t['sha256'] and before.get('sha256') else 'path'    # hub ids have no sum
         need(before.get(what) == t[what], f'the run in {out} had another teacher "{name}" '
-             f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in another '
-             '--out_dir')
-    then, now = old['settings'].get('alpha'), meta['settings']['alpha']    # it would scale what was learned
-    need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, or start from it '
-         'as an adapter')
-    for k, v in meta['settings'].items():
+             f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in '
+             'another --out_dir')
+    then, now = old['settings'].get('alpha'), meta['settings']['alpha']
+    need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, for it '
+         'scales what was learned, or start from it as an adapter')
+    for k, v in json.loads(json.dumps(meta['settings'])).items():
         if k != 'init_from' and old['settings'].get(k) != v:
             print(f'resume: {k} was {old["settings"].get(k)!r}, is {v!r}')
+
+
+def vacant(out, last):
+    """A folder for a new run; one that has learned nothing yet may be in it."""
+    if last:
+        need(last.name == 'step_000000', f'{out} holds another run (at {last.name}); continue it '
+             'with --init_from=resume, or choose another --out_dir')
+        for name in ('log.jsonl', 'result.json'):              # first: a kill may come in between
+            (out / name).unlink(missing_ok=True)
+        return shutil.rmtree(last)
+    others = 'log.jsonl', 'result.json', 'model_index.json', 'config.json', 'adapter_config.json'
+    there = [k for k in others if (out / k).exists()] + [p.name for p in out.glob('*.safetensors')]
+    need(not there, f'out_dir: {out} holds a {there and there[0]}, and no checkpoint of a run: '
+         'choose another, or move that away')

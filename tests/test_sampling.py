@@ -45,7 +45,7 @@ def some_run(folder, old=False, **settings):
 
     def write(to, prefix):
         merge_lora.write_adapter(to, some_adapter(1 if old else 2), 4.0, prefix)
-        state = dict(optimizer={}, alpha=4.0, student={
+        state = dict(optimizer=dict(state={}), alpha=4.0, student={
             f'{k}.lora_{ab}.student.weight': x for k, m in some_adapter(1).items()
             for ab, x in zip('AB', m)})
         if old:

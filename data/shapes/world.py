@@ -1,23 +1,27 @@
 """
-A world of coloured shapes: it draws scenes, names them in plain English, and reads them back from pixels.
+A world of coloured shapes: it draws scenes, names them in plain English, and reads them back from
+pixels.
 
-A picture is 24 x 24 pixels, two by two cells; a cell is empty or holds a circle, a square or a triangle in
-one of six colours, on one of three backgrounds. Small enough for a laptop, rich enough for five skills:
+A picture is 24 x 24 pixels, two by two cells; a cell is empty or holds a circle, a square or a
+triangle in one of six colours, on one of three backgrounds. Small enough for a laptop, rich enough
+for five skills:
 
-    t2i          "a red circle top left and a blue square bottom right on white"   everything is named
-    open         "a circle on white", "two shapes"                                 something is left open
-    count        "three green triangles on black"                                  more than the base ever saw
-    local_edit   "make the circle blue", "remove the square"                       one object changes
-    global_edit  "make the background black", "turn it into its negative"          everything but the layout
+    t2i          "a red circle top left and a blue square bottom right on white"   all is named
+    open         "a circle on white", "two shapes"                      something is left open
+    count        "three green triangles on black"                       more than the base ever saw
+    local_edit   "make the circle blue", "remove the square"            one object changes
+    global_edit  "make the background black", "invert the picture"      everything but the layout
 
-    score(images, rows)   a picture's {'right': 0 or 1} and, for edits, 'kept': the error of what had to stay
+    score(images, rows)   a picture's {'right': 0 or 1} and, for edits, 'kept': the error of what
+                          had to stay
     reward(images, rows)  the same question answered smoothly, between 0 and 1
     clear(...)            the same, but what is clearly another thing is worth next to nothing
-    blue(...), top(...)   two tastes, as rewards: the share of the shapes that are blue, or in the upper half
-    blue_share(...)       the same counted instead of felt, to say how far the taste `blue` has come
+    blue(...), top(...)   two tastes, as rewards: the share of the shapes that are blue, or in the
+                          upper half
+    blue_share(...)       the same counted instead of felt: how far the taste `blue` has come
 
-`images` are tensors in [0, 1] of shape (n, 3, 24, 24); a row is a dict with `prompt` and, for edits,
-`source_image` (a path). Run as a script it prints one drawn example of each bucket.
+`images` are tensors in [0, 1] of shape (n, 3, 24, 24); a row is a dict with `prompt` and, for
+edits, `source_image` (a path). Run as a script it prints one drawn example of each bucket.
 """
 import functools
 import hashlib
@@ -35,23 +39,25 @@ COLOURS = {'red': (225, 35, 35), 'green': (35, 165, 60), 'blue': (45, 70, 235),
 BACKGROUNDS = {'white': (255, 255, 255), 'gray': (128, 128, 128), 'black': (0, 0, 0)}
 PLACES = ['top left', 'top right', 'bottom left', 'bottom right']
 NUMBERS = {'three': 3, 'four': 4}
-LAYOUT = {3: (0, 1, 3), 4: (0, 1, 2, 3)}        # where a counted group stands: one layout for each number
-HELD_OUT = {('circle', 'purple'), ('square', 'yellow'), ('triangle', 'cyan')}  # never in any training file
+LAYOUT = {3: (0, 1, 3), 4: (0, 1, 2, 3)}        # where a counted group stands, by its number
+# pairs that are never in any training file
+HELD_OUT = {('circle', 'purple'), ('square', 'yellow'), ('triangle', 'cyan')}
 BUCKETS = ['t2i', 'open', 'count', 'local_edit', 'global_edit']
-WORDS = sorted({w for t in (*SHAPES, *[s + 's' for s in SHAPES], *COLOURS, *BACKGROUNDS, *PLACES, *NUMBERS)
-                for w in t.split()} | set('a and on the shape shapes two make paint remove delete background '
-                                          'turn it into its negative invert picture every all change '
-                                          'to'.split()))
+NAMES = *SHAPES, *[s + 's' for s in SHAPES], *COLOURS, *BACKGROUNDS, *PLACES, *NUMBERS
+WORDS = sorted({w for t in NAMES for w in t.split()} | set(
+    'a and on the shape shapes two make paint remove delete background turn it into its negative '
+    'invert picture every all change to'.split()))
 PAIRS = [(s, c) for s in SHAPES for c in COLOURS]
 SEEN = [p for p in PAIRS if p not in HELD_OUT]
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 # A scene is (background, cells): four cells, each None or (shape, colour).
 
 @functools.cache
 def alpha(shape, fine=16):
-    """How much of each pixel of a cell the shape covers: (12, 12), by counting fine x fine points a pixel."""
+    """How much of each pixel of a cell the shape covers: (12, 12), by counting fine x fine points
+    a pixel."""
     t = (torch.arange(CELL * fine) + 0.5) / fine - CELL / 2
     y, x = torch.meshgrid(t, t, indexing='ij')
     r = RADIUS
@@ -90,14 +96,15 @@ def load(path):
     """A picture of this world from a file, as (3, 24, 24) in [0, 1]."""
     with Image.open(path) as im:
         if im.size != (SIZE, SIZE):
-            raise ValueError(f'{path} is {im.size[0]} x {im.size[1]} pixels; pictures of the shapes world '
-                             f'are {SIZE} x {SIZE}. Remake the data with: python data/shapes/prepare.py')
+            raise ValueError(
+                f'{path} is {im.size[0]} x {im.size[1]} pixels; pictures of the shapes world are '
+                f'{SIZE} x {SIZE}. Remake the data with: python data/shapes/prepare.py')
         return torch.frombuffer(bytearray(im.convert('RGB').tobytes()), dtype=torch.uint8) \
             .view(SIZE, SIZE, 3).permute(2, 0, 1).float() / 255
 
 
-# ---------------------------------------------------------------------------------------------- words
-# A wish is what a prompt asks for: (background or None, [(shape, colour, place), ...]), None where open.
+# -------------------------------------------------------------------------------------------- words
+# A wish is what a prompt asks for: (background, [(shape, colour, place), ...]), None where open.
 
 def phrase(shape=None, colour=None, place=None):
     return ' '.join(w for w in ('a', colour, shape or 'shape', place) if w)
@@ -119,13 +126,14 @@ _THING = re.compile(rf'a(?: {_COLOUR})? (?:{_SHAPE}|shape)(?: {one_of(PLACES)})?
 _MANY = re.compile(rf'(two|three|four)(?: {_COLOUR})? (?:{_SHAPE}|shape)s')
 _EDITS = {'recolour': re.compile(rf'(?:make|paint) the {_SHAPE} {_COLOUR}'),
           'remove': re.compile(rf'(?:remove|delete) the {_SHAPE}'),
-          'background': re.compile(rf'(?:make the background|change the background to) {_BACKGROUND}'),
+          'background': re.compile(
+              rf'(?:make the background|change the background to) {_BACKGROUND}'),
           'negative': re.compile(r'turn it into its negative|invert the picture'),
           'paint all': re.compile(rf'(?:make every shape|paint all shapes) {_COLOUR}')}
 
 
 def understand(prompt):
-    """A prompt -> ('wish', background, things) or ('edit', kind, words). The whole grammar is here."""
+    """A prompt -> ('wish', background, things) or ('edit', kind, words): the whole grammar."""
     text = ' '.join(prompt.lower().replace(',', ' ').replace('.', ' ').split())
     for kind, pattern in _EDITS.items():
         if m := pattern.fullmatch(text):
@@ -140,15 +148,17 @@ def understand(prompt):
     found = [_THING.fullmatch(part) for part in text.split(' and ')]
     if text and all(found) and len(found) <= 4:
         return 'wish', background, [(m[2], m[1], m[3]) for m in found]
-    raise ValueError(f'the shapes world does not understand "{prompt}". It knows sentences such as "a red '
-                     'circle top left and a blue square bottom right on white", "a circle on white", "three '
-                     'green triangles on black", and the edits "make the circle blue", "remove the square", '
-                     '"make the background black", "make every shape red", "turn it into its negative"; its '
-                     f'words are: {", ".join(WORDS)}')
+    raise ValueError(
+        f'the shapes world does not understand "{prompt}". It knows sentences such as "a red '
+        'circle top left and a blue square bottom right on white", "a circle on white", "three '
+        'green triangles on black", and the edits "make the circle blue", "remove the square", '
+        '"make the background black", "make every shape red", "turn it into its negative"; its '
+        f'words are: {", ".join(WORDS)}')
 
 
 def edited(scene, kind, words):
-    """The scene after an edit; for the negative the scene stays and the pixels turn over (see `truth`)."""
+    """The scene after an edit; for the negative the scene stays and the pixels turn over (see
+    `truth`)."""
     background, cells = scene
     hit = [bool(c) and bool(words) and c[0] == words[0] for c in cells]
     if kind == 'recolour':
@@ -169,7 +179,7 @@ def truth(source, prompt):
     return 1 - x if kind == 'negative' else x
 
 
-# ---------------------------------------------------------------------------------------------- making rows
+# -------------------------------------------------------------------------------------- making rows
 
 def held(*key):
     """One scene in six is held out; which ones depends on the scene alone."""
@@ -178,7 +188,7 @@ def held(*key):
 
 def random_scene(rng, pairs=SEEN, most=2, distinct=False):
     n = rng.randint(1, most)
-    if distinct:                                               # every shape at most once: edits name shapes
+    if distinct:                                       # every shape at most once: edits name shapes
         things = [rng.choice([p for p in pairs if p[0] == s]) for s in rng.sample(SHAPES, n)]
     else:
         things = [rng.choice(pairs) for _ in range(n)]
@@ -200,16 +210,19 @@ def is_held(scene):
 
 
 def open_row(rng):
-    """A prompt that leaves something open and one of the scenes that satisfy it. One thing leaves anything
-    open; of two things the places are named and the rest may be open, or the prompt is just "two shapes"."""
+    """A prompt that leaves something open and one of the scenes that satisfy it. One thing leaves
+    anything open; of two things the places are named and the rest may be open, or the prompt is
+    just "two shapes"."""
     scene = random_scene(rng)
     background, cells = scene
     spots = [i for i, c in enumerate(cells) if c]
     show = rng.choice([background, background, None])
     if len(spots) == 2 and rng.random() < 0.15:
         return sentence('two shapes', show, rng.random() < 0.3), scene
+
+    def keep(x, p):
+        return x if rng.random() < p else None
     while True:
-        keep = lambda x, p: x if rng.random() < p else None
         parts = [(keep(cells[i][0], 0.6), keep(cells[i][1], 0.5), PLACES[i] if len(spots) == 2
                   else keep(PLACES[i], 0.5)) for i in spots]
         if not all(all(p) for p in parts) or not show:
@@ -219,7 +232,8 @@ def open_row(rng):
 
 
 def make_row(bucket, rng, hold=False, pairs=SEEN):
-    """One example: (prompt, source scene or None, picture that is right). `hold`: from held-out scenes."""
+    """One example: (prompt, source scene or None, picture that is right). `hold`: of held-out
+    scenes."""
     while True:
         if bucket == 't2i':
             scene = random_scene(rng, pairs)
@@ -245,7 +259,8 @@ def make_row(bucket, rng, hold=False, pairs=SEEN):
                 new = rng.choice([c for s, c in pairs if s == shape and c != colour] or [None])
                 if not new:
                     continue
-                prompt, what = f"{rng.choice(['make', 'paint'])} the {shape} {new}", ('recolour', shape, new)
+                prompt = f"{rng.choice(['make', 'paint'])} the {shape} {new}"
+                what = 'recolour', shape, new
             row, key = (prompt, scene, truth(scene, prompt)), (bucket, scene, what)
         else:
             scene = random_scene(rng, pairs, most=3, distinct=True)
@@ -268,7 +283,7 @@ def make_row(bucket, rng, hold=False, pairs=SEEN):
             return row
 
 
-# --------------------------------------------------------------------------------------------- reading pixels
+# ----------------------------------------------------------------------------------- reading pixels
 
 THINGS = [None] + PAIRS                                                # what a cell can hold
 
@@ -280,30 +295,34 @@ def templates():
 
 
 def distances(images):
-    """(n, 3, 24, 24) -> (n, 3 backgrounds, 4 cells, 19 things): mean squared distance to each cell."""
+    """(n, 3, 24, 24) -> (n, 3 backgrounds, 4 cells, 19 things): mean squared distance to each."""
     if tuple(images.shape[1:]) != (3, SIZE, SIZE):
-        raise ValueError(f'a picture of {tuple(images.shape[1:])} was given to the scorer; the shapes world '
-                         f'reads 3 x {SIZE} x {SIZE}: sample at resolution {SIZE}')
+        raise ValueError(f'a picture of {tuple(images.shape[1:])} was given to the scorer; the '
+                         f'shapes world reads 3 x {SIZE} x {SIZE}: sample at resolution {SIZE}')
     n = len(images)
-    cells = images.float().cpu().view(n, 3, 2, CELL, 2, CELL).permute(0, 2, 4, 1, 3, 5).reshape(n, 4, -1)
-    t = templates().flatten(2)                                         # |a - b|^2 = |a|^2 - 2ab + |b|^2
+    cells = images.float().cpu().view(n, 3, 2, CELL, 2, CELL)
+    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(n, 4, -1)
+    t = templates().flatten(2)                                 # |a - b|^2 = |a|^2 - 2ab + |b|^2
     d = (cells ** 2).sum(-1)[:, None, :, None] + (t ** 2).sum(-1)[None, :, None, :] \
         - 2 * torch.einsum('ncd,btd->nbct', cells, t)
     return (d / t.shape[-1]).clamp_min(0)
 
 
-TOLERANCE = 0.012  # mean squared error of a cell that still counts as clean; noise of sigma 12/255 has 0.0022
+# mean squared error of a cell that still counts as clean; noise of sigma 12/255 has 0.0022
+TOLERANCE = 0.012
 
 
 def read(images):
-    """Pixels -> scenes: (background, cells), or None where some cell is nothing that this world draws."""
+    """Pixels -> scenes: (background, cells), or None where some cell is nothing that this world
+    draws."""
     d = distances(images)
     best, thing = d.min(-1)                                            # (n, 3, 4)
     total, ground = best.sum(-1).min(-1)
     out = []
     for i, b in enumerate(ground.tolist()):
         clean = best[i, b].max() <= TOLERANCE
-        out.append((list(BACKGROUNDS)[b], tuple(THINGS[t] for t in thing[i, b].tolist())) if clean else None)
+        scene = list(BACKGROUNDS)[b], tuple(THINGS[t] for t in thing[i, b].tolist())
+        out.append(scene if clean else None)
     return out
 
 
@@ -311,13 +330,14 @@ def read(images):
 def source_scene(path):
     scene = read(load(path)[None])[0]
     if scene is None:
-        raise ValueError(f'{path} is not a clean picture of the shapes world; remake the data with: '
-                         f'python data/shapes/prepare.py')
+        raise ValueError(f'{path} is not a clean picture of the shapes world; remake the data '
+                         'with: python data/shapes/prepare.py')
     return scene
 
 
 def arrangements(things):
-    """Every way to put the wished things into the four cells: tuples of four, None for an empty cell."""
+    """Every way to put the wished things into the four cells: tuples of four, None for an empty
+    cell."""
     spots = [range(4) if place is None else (PLACES.index(place),) for _, _, place in things]
     ways = {w for w in itertools.product(*spots) if len(set(w)) == len(w)}
     return {tuple(things[w.index(i)][:2] if i in w else None for i in range(4)) for w in ways}
@@ -341,8 +361,9 @@ def wish(row):
 
 
 def score(images, rows):
-    """One dict a picture: 'right' is 1.0 if it satisfies its prompt, else 0.0; edits also have 'kept', the
-    mean absolute error (0 to 1) over the pixels that the edit had to leave alone (all, for the negative)."""
+    """One dict a picture: 'right' is 1.0 if it satisfies its prompt, else 0.0; edits also have
+    'kept', the mean absolute error (0 to 1) over the pixels that the edit had to leave alone (all,
+    for the negative)."""
     out = []
     for image, row in zip(images.float().cpu(), rows):
         background, ways, negative = wish(row)
@@ -354,44 +375,49 @@ def score(images, rows):
             source = load(row['source_image'])
             goal = truth(source_scene(str(row['source_image'])), row['prompt'])
             stays = ((goal - source).abs().amax(0) < 0.02) | negative
-            result['kept'] = (image - goal).abs().mean(0)[stays].mean().item() if stays.any() else 0.0
+            off = (image - goal).abs().mean(0)[stays]
+            result['kept'] = off.mean().item() if stays.any() else 0.0
         out.append(result)
     return out
 
 
 def reward(images, rows, softness=0.03, doubt=None):
-    """How far a picture is on its way to what its row asks for: the best arrangement's mean, over background
-    and cells, of exp(-distance / softness). 1 is a perfect picture; half right is about half. With a `doubt`
-    a cell also counts only as far as it is told from the other things: times softmax(-distance / doubt)."""
+    """How far a picture is on its way to what its row asks for: the best arrangement's mean, over
+    background and cells, of exp(-distance / softness). 1 is a perfect picture; half right is about
+    half. With a `doubt` a cell also counts only as far as it is told from the other things: times
+    softmax(-distance / doubt)."""
     out = []
     for image, row in zip(images.float().cpu(), rows):
         background, ways, negative = wish(row)
-        d = distances((1 - image if negative else image)[None])[0]                             # (3, 4, 19)
+        d = distances((1 - image if negative else image)[None])[0]             # (3, 4, 19)
         near = (-d / softness).exp() * ((-d / doubt).softmax(-1) if doubt else 1)
         grounds = [i for i, b in enumerate(BACKGROUNDS) if background in (None, b)]
-        out.append(max(sum(near[b, i, [fits(w, t) for t in THINGS]].max().item() for i, w in enumerate(way))
-                       for b in grounds for way in ways) / 4)
+        out.append(max(sum(near[b, i, [fits(w, t) for t in THINGS]].max().item()
+                           for i, w in enumerate(way)) for b in grounds for way in ways) / 4)
     return out
 
 
 def clear(images, rows):
-    """The reward to climb where pictures are clean but of the wrong thing: a square is hardly any circle."""
+    """The reward to climb where pictures are clean but of the wrong thing: a square is hardly any
+    circle."""
     return reward(images, rows, doubt=0.004)
 
 
 def _taste(images, rows, liked):
-    """Share of liked things among all things in the picture, read softly; a picture that its row calls wrong
-    gets at most half, so that the taste cannot be had by giving up what was asked for."""
+    """Share of liked things among all things in the picture, read softly; a picture that its row
+    calls wrong gets at most half, so that the taste cannot be had by giving up what was asked
+    for."""
     d = distances(images)
     ground = d.amin(-1).sum(-1).argmin(-1)
-    p = (-d[torch.arange(len(d)), ground] / 0.004).softmax(-1)         # (n, 4, 19): what stands in each cell
+    p = (-d[torch.arange(len(d)), ground] / 0.004).softmax(-1)         # (n, 4, 19): of each cell
     some = p[..., 1:].sum((1, 2))
     share = (p * liked).sum((1, 2)) / some.clamp_min(0.5)
     return [s * r for s, r in zip(share.clamp(0, 1).tolist(), reward(images, rows))]
 
 
 def blue(images, rows):
-    """Blue is liked, and so is a colour that the prompt names: else this would paint over red circles."""
+    """Blue is liked, and so is a colour that the prompt names: else this would paint over red
+    circles."""
     fine = [{'blue', *r['prompt'].lower().split()} for r in rows]
     liked = torch.tensor([[t is not None and t[1] in colours for t in THINGS] for colours in fine])
     return _taste(images, rows, liked[:, None].float())
@@ -404,7 +430,8 @@ def top(images, rows):
 
 
 def blue_share(images, rows):
-    """What the taste `blue` did: the share of a picture's shapes that are blue, 0 where it is unclear."""
+    """What the taste `blue` did: the share of a picture's shapes that are blue, 0 where it is
+    unclear."""
     things = [[t for t in scene[1] if t] if scene else [] for scene in read(images)]
     return [sum(t[1] == 'blue' for t in some) / max(1, len(some)) for some in things]
 

@@ -1,0 +1,267 @@
+"""
+What data/shapes/papers.py asks: arms, each the settings in which a run differs from the
+demonstration's, and questions, each a few arms and what the paper says of them. Nothing runs here.
+
+In settings {out} is the study's folder and {seed} the run's seed.
+"""
+from collections import namedtuple
+
+from prepare import LAYERS
+
+SKILLS = dict(t2i='base', count='count', local_edit='local_edit', global_edit='global_edit')
+WEIGHTS = dict(t2i=0.5, count=0.5, local_edit=2.0, global_edit=2.0)    # the demonstration's
+EVEN = dict.fromkeys(SKILLS, 1.0)
+# what is scored: bucket: (rows, whose skill it is or '', the function of world.py)
+SCORED = {k: (f'{k}_val', v, 'score') for k, v in SKILLS.items()} | dict(
+    unseen=('t2i_pairs', '', 'score'), open=('open_val', '', 'score'),
+    blue=('taste_val', '', 'blue_share'))
+TAUGHT = (*SKILLS, 'unseen')            # of these every run is scored, if its arm says nothing else
+WORDS = 't2i', 'open', 'unseen', 'blue'                        # and of these, on the half-made base
+TUNED = 4e-3, 8e-3, 16e-3               # rates that are tried where an arm wants its own
+LOW = 1e-3, 3e-3, 8e-3
+SEEDS = 3
+
+Arm = namedtuple('Arm', 'settings rates cost script scored needs')
+Question = namedtuple('Question', 'asks claim arms contrasts note')
+Contrast = namedtuple('Contrast', 'says better worse over')
+
+
+def arm(rates=(), cost=1, script='train_opd', scored=TAUGHT, needs=(), **settings):
+    """`cost` in halves of the demonstration's; `script` 'look' scores a start, untrained; `needs`
+    are runs that come before."""
+    return Arm(settings, rates, cost, script, scored, needs)
+
+
+def routes(samples=None, weights=WEIGHTS, only=SKILLS):
+    more = {k: dict(samples=samples[k]) if samples else {} for k in only}
+    return [dict(teacher=SKILLS[k], data=k, weight=weights[k], **more[k]) for k in only]
+
+
+def split(t2i, count, local_edit, global_edit, **more):
+    """A batch of so many samples of each route; no samples is no route."""
+    counts = dict(t2i=t2i, count=count, local_edit=local_edit, global_edit=global_edit)
+    return dict(batch_size=sum(counts.values()),
+                routes=routes(counts, only=[k for k in counts if counts[k]], **more))
+
+
+def policy(reward, **settings):
+    """Flow-OPD's policy gradient, in the demonstration's four steps."""
+    return dict(method='flowopd', eta=0.7, reward=reward, rates=LOW, **settings)
+
+
+def merged(count, local_edit, global_edit):
+    """The teachers' mean by these weights."""
+    weights = dict(t2i=1.0, count=count, local_edit=local_edit, global_edit=global_edit)
+    return arm(script='look', init_from='merge', rank=64, routes=routes(weights=weights),
+               routes_per_step='sample')
+
+
+def taught(names, only=SKILLS):
+    return [dict(name=k, **({} if k == 'base' else dict(lora=f'data/shapes/teachers/{k}')))
+            for k in dict.fromkeys(SKILLS[k] for k in only)]
+
+
+TEACHER = 'data/shapes/teachers/'
+EDITS = 'local_edit', 'global_edit'
+GROUPS = dict(group_size=4, **split(4, 4, 12, 12))
+SDE = dict(method='diffusionopd', eta=0.7, rates=TUNED)
+ODE = dict(method='diffusionopd', rates=TUNED)
+ON_EDITS = dict(routes_per_step='sample', routes=routes(only=EDITS), teachers=taught(EDITS, EDITS))
+OWN = [f'{{out}}/make-own/0/{k}.csv' for k in SKILLS]                 # the teachers' own pictures
+HALF = dict(model='{out}/make-half/0/base', resolution=24, needs=('make-half/0',), scored=WORDS)
+LOOK = dict(script='look', rank=64)
+GRPO = 'config/teacher_shapes_grpo.py'
+CLEAR, BLUE = (dict(reward=f'data/shapes/world.py:{k}') for k in ('clear', 'blue'))
+WORD_DATA = ['data/shapes/t2i.csv', 'data/shapes/open.csv']
+PAIR = [dict(teacher='clear_shapes', data='t2i', samples=17),
+        dict(teacher='blue', data='open', samples=17)]
+RL = dict(script='train_teacher', config=GRPO, lora_targets=LAYERS, lr_schedule='cosine',
+          eval_data=[], **HALF)
+BOTH = dict(RL, data=WORD_DATA, reward=[CLEAR, BLUE])
+
+# what has to be there before some runs
+MAKES = {
+    'make-own': None,                                          # pictures; papers.py draws them
+    'make-half': None,                                         # a base stopped early
+    'make-clear': arm(**RL, data=WORD_DATA[:1], reward=[CLEAR], max_steps=150, cost=3.5),
+    'make-blue': arm(**RL, data=WORD_DATA[1:], reward=[BLUE], max_steps=150, cost=3.5)}
+
+ARMS = {
+    'ours': arm(scored=(*TAUGHT, 'open')),
+    # losses
+    'k2': arm(queries=2), 'k4': arm(queries=4, rates=TUNED),
+    'ode': arm(**ODE), 'sde': arm(**SDE), 'sde-code': arm(kl_var='code', **SDE),
+    'flow-k1': arm(**policy('k1')), 'flow-group': arm(**policy('k1_group', **GROUPS)),
+    'flow-paper': arm(**policy('paper', **GROUPS)), 'flow-code': arm(**policy('code')),
+    'base-ours': arm(init_from='base', rates=TUNED),
+    'base-ode': arm(init_from='base', **ODE), 'base-sde': arm(init_from='base', **SDE),
+    'base-flow-k1': arm(init_from='base', **policy('k1')),
+    'base-flow-code': arm(init_from='base', **policy('code')),
+    # starts
+    'from-count': arm(init_from=TEACHER + 'count'),
+    'from-local': arm(init_from=TEACHER + 'local_edit'),
+    'from-global': arm(init_from=TEACHER + 'global_edit'),
+    'from-student': arm(init_from='{out}/ours/{other}/latest', needs=('ours/{other}',)),
+    # published recipes, at the demonstration's whole cost: their loss, rollout, routing and start
+    'ours-whole': arm(cost=2),
+    'dance': arm(cost=2, rates=LOW, steps=16, query='low_noise', routes_per_step=1,
+                 routes=routes(weights=EVEN), init_from=TEACHER + 'local_edit'),
+    'diffusion': arm(cost=2, rates=TUNED, method='diffusionopd', steps=10, drop_last=1,
+                     init_from='base', **split(9, 9, 9, 9, weights=EVEN)),
+    'flow': arm(cost=2, rates=LOW, method='flowopd', steps=10, drop_last=1, eta=0.7, reward='code',
+                kl_var='code', group_size=4, updates=2, anchor='base', anchor_beta=0.04,
+                adv_clip=5.0, **split(8, 8, 8, 8, weights=EVEN)),
+    # whose states
+    'states-teacher': arm(states='teacher'),
+    'states-data': arm(states='data', data=OWN, needs=('make-own/0',)),
+    'imitation': arm(script='train_teacher', method='sft', data=OWN[:2] + OWN[2:] * 4, eval_data=[],
+                     init_from='{out}/ours/{seed}/start', rank=32, alpha=32.0, batch_size=34,
+                     micro_batch=30, lr=8e-3, rates=LOW, needs=('make-own/0', 'ours/{seed}')),
+    # which states
+    'low': arm(query='low_noise'), 'mid': arm(query='mid_noise'), 'high': arm(query='high_noise'),
+    'uniform': arm(query='uniform'),
+    'steps2': arm(steps=2), 'steps8': arm(steps=8), 'steps16': arm(steps=16),
+    # routing
+    'one-route': arm(routes_per_step=1, routes=routes(), rates=LOW),
+    'sampled': arm(routes_per_step='sample', routes=routes()),
+    'even': arm(**split(9, 9, 8, 8, weights=EVEN)),
+    'edits-hard': arm(**ON_EDITS), 'edits-soft': arm(mixing='soft', **ON_EDITS),
+    # how many teachers
+    'only-count': arm(**split(17, 17, 0, 0)), 'only-local': arm(**split(7, 0, 27, 0)),
+    'only-global': arm(**split(7, 0, 0, 27)), 'count-local': arm(**split(4, 4, 26, 0)),
+    'count-global': arm(**split(4, 4, 0, 26)), 'local-global': arm(**split(2, 0, 16, 16)),
+    # near the base
+    'mar-01': arm(anchor='base', anchor_beta=0.01, scored=(*TAUGHT, 'open')),
+    'mar-04': arm(anchor='base', anchor_beta=0.04, scored=(*TAUGHT, 'open')),
+    'mar-20': arm(anchor='base', anchor_beta=0.2, scored=(*TAUGHT, 'open')),
+    # size
+    'rank2': arm(rank=2, alpha=2.0), 'rank8': arm(rank=8, alpha=8.0),
+    'rank128': arm(rank=128, alpha=128.0), 'no-ema': arm(ema_decay=0.0),
+    'batch8': arm(rates=(2e-3, 4e-3, 8e-3), **split(1, 1, 3, 3)),
+    'batch17': arm(**split(1, 1, 7, 8)), 'batch68': arm(**split(4, 4, 30, 30)),
+    'batch136': arm(rates=TUNED, **split(8, 8, 60, 60)),
+    # guidance
+    'absorbed': arm(teachers=[dict(name='guided', guidance=3.0)], data=WORD_DATA, rates=LOW,
+                    routes=[dict(teacher='guided', data='t2i', samples=17),
+                            dict(teacher='guided', data='open', samples=17)],
+                    init_from='base', lora_targets=LAYERS, **HALF),
+    # numbers of 8 and 16 bits
+    'bf16': arm(dtype='bfloat16'), 'float8': arm(base_storage='float8'),
+    # distil, or reinforce
+    'distilled': arm(teachers=[dict(name='clear_shapes', lora='{out}/make-clear/0'),
+                               dict(name='blue', lora='{out}/make-blue/0')],
+                     data=WORD_DATA, routes=PAIR, **dict(
+                         HALF, needs=('make-half/0', 'make-clear/0', 'make-blue/0'))),
+    'rl': arm(max_steps=45, **BOTH), 'rl-whole': arm(max_steps=345, cost=8, **BOTH),
+    # not trained: teachers, means of them, and the half-made base
+    'base': arm(init_from='base', **dict(LOOK, scored=(*TAUGHT, 'open'))),
+    'teacher-count': arm(init_from=TEACHER + 'count', **LOOK),
+    'teacher-local': arm(init_from=TEACHER + 'local_edit', **LOOK),
+    'teacher-global': arm(init_from=TEACHER + 'global_edit', **LOOK),
+    'merge-demo': merged(0.5, 2.0, 2.0), 'merge-even': merged(1.0, 1.0, 1.0),
+    'merge-count': merged(2.0, 1.0, 1.0), 'merge-local': merged(1.0, 2.0, 1.0),
+    'merge-global': merged(1.0, 1.0, 2.0),
+    'half-w1': arm(init_from='base', script='look', **HALF),
+    'half-w3': arm(init_from='base', script='look', rollout_guidance=3.0, **HALF)}
+CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
+                global_edit='teacher-global')
+
+
+def question(asks, claim, arms, contrasts, note=''):
+    named = [Contrast(*(*x, tuple(SKILLS))[:4]) for x in contrasts]
+    return Question(asks, claim, arms.split(), named, note)
+
+
+LOOKS = 'base teacher-count teacher-local teacher-global'
+QUESTIONS = {
+    'loss': question(
+        'Which loss?', 'DiffusionOPD: its ODE loss converges about five times faster than that of '
+        'the SDE at 0.7, and a policy gradient comes last. DanceOPD: K = 1, 2, 4 states give '
+        '5.751, 4.931, 5.330 on GEdit.',
+        'ours k2 k4 ode sde sde-code flow-k1 flow-group flow-paper flow-code '
+        'base-ours base-ode base-sde base-flow-k1 base-flow-code',
+        [('ODE above SDE', 'ode', 'sde'), ('the same from the base', 'base-ode', 'base-sde'),
+         ('SDE above the policy gradient', 'sde', 'flow-k1'), ('K = 1 above K = 4', 'ours', 'k4'),
+         ('the plain error above the ODE loss', 'ours', 'ode')],
+        'From the merged teachers, and, base-..., from the base.'),
+    'start': question(
+        'Which start?', 'DanceOPD: local edit 5.75, merged 4.19, global 2.70, t2i 1.89: more than '
+        'any other choice. Flow-OPD: merged .92 on GenEval, imitated .91.',
+        f'{LOOKS} merge-demo ours base-ours from-count from-local from-global from-student',
+        [('merged above the base', 'ours', 'base-ours'),
+         ('local above merged', 'from-local', 'ours'),
+         ('local above merged, on local edits', 'from-local', 'ours', ('local_edit',)),
+         ('local above merged, on counts', 'from-local', 'ours', ('count',)),
+         ('merged above global', 'ours', 'from-global')],
+        'from-student starts from a finished student of another seed: its cost is twice that of '
+        'the others.'),
+    'quality': question(
+        'What do the published recipes need to hold 90 % of every teacher?', 'Each is the best in '
+        'its own paper: its loss, steps, queries, routing and start are taken here; rank, batch '
+        'and average are those of the demonstration, and of the rate three were tried.',
+        'ours-whole dance diffusion flow',
+        [("above DanceOPD's", 'ours-whole', 'dance'), ("above DiffusionOPD's", 'ours-whole',
+         'diffusion'), ("above Flow-OPD's", 'ours-whole', 'flow')],
+        "At the whole cost of the demonstration. Flow-OPD's groups have 4 samples here, not 16."),
+    'onpolicy': question(
+        "Does it matter whose states are learned from?", "DanceOPD and DiffusionOPD: the student's "
+        "own above noised data and above the teacher's rollouts; both above imitation.",
+        'ours states-teacher states-data imitation',
+        [("own above the teacher's", 'ours', 'states-teacher'),
+         ('own above noised data', 'ours', 'states-data'), ('own above imitation', 'ours',
+                                                            'imitation')],
+        "Data are the teachers' own pictures of the same rows; drawing them, 19,200 forwards once, "
+        'is not counted.'),
+    'states': question(
+        'Which states of a rollout?', 'DanceOPD: queries at low, mid, high noise give 5.751, '
+        '4.649, 4.813; 16 steps. DiffusionOPD: 10 steps.',
+        'ours low mid high uniform steps2 steps8 steps16',
+        [('low noise above high', 'low', 'high'), ('low noise above stratified', 'low', 'ours'),
+         ('16 steps above 4', 'steps16', 'ours')]),
+    'routing': question(
+        'Who answers, and how often?', 'DanceOPD: hard routing 5.751, soft 4.994; one route a '
+        'step. DiffusionOPD: all routes in each step.',
+        'ours one-route sampled even edits-hard edits-soft',
+        [('all routes above one a step', 'ours', 'one-route'),
+         ('hard above soft', 'edits-hard', 'edits-soft', EDITS)],
+        'Soft targets need rows that all teachers can answer: edits alone.'),
+    'teachers': question(
+        'What does a teacher more cost the others?', 'All: one student holds several teachers, and '
+        'no merging of weights does.',
+        'ours count-local count-global local-global only-count only-local only-global merge-demo '
+        'merge-even merge-count merge-local merge-global',
+        [('counts: alone above with the edits', 'only-count', 'ours', ('count',)),
+         ('local edits: alone above with the others', 'only-local', 'ours', ('local_edit',)),
+         ('global edits: alone above with the others', 'only-global', 'ours', ('global_edit',)),
+         ('distilled above merged', 'ours', 'merge-demo')]),
+    'mar': question(
+        'What does holding near the base keep, and cost?', 'Flow-OPD: at 0.04 it keeps the quality '
+        'of pictures that no teacher looks after.',
+        'ours mar-01 mar-04 mar-20',
+        [('0.04 above 0 on what nobody teaches', 'mar-04', 'ours', ('open', 'unseen')),
+         ('0 above 0.2 on the skills', 'ours', 'mar-20')]),
+    'size': question(
+        'Which rank, which batch?', 'DanceOPD: rank 128; DiffusionOPD: rank 32, 72 samples.',
+        'ours rank2 rank8 rank128 batch8 batch17 batch68 batch136 no-ema',
+        [('rank 128 above 8', 'rank128', 'rank8'), ('34 samples above 136', 'ours', 'batch136'),
+         ('34 samples above 8', 'ours', 'batch8'), ('EMA above none', 'ours', 'no-ema')]),
+    'guidance': question(
+        'Can guidance be absorbed?', 'DanceOPD: a student without guidance learns the guided '
+        "teacher's pictures.",
+        'half-w1 half-w3 absorbed',
+        [('absorbed above the base without guidance', 'absorbed', 'half-w1', ('t2i', 'open')),
+         ('absorbed above the guided base', 'absorbed', 'half-w3', ('t2i', 'open'))],
+        'On a base stopped after 300 steps. A picture costs 8 forwards at w = 1 and 16 at w = 3.'),
+    'numbers': question(
+        'How many bits does the frozen base need?', 'All train in bfloat16.', 'ours bf16 float8',
+        [('float32 above bfloat16', 'ours', 'bf16'), ('float32 above float8', 'ours', 'float8')],
+        "Whether a route's samples start from one noise is not asked: distillation has no such "
+        'setting.'),
+    'rl': question(
+        'Distil two reward teachers, or reinforce both rewards at once?', 'DiffusionOPD and '
+        'Flow-OPD: distilling above GRPO on mixed rewards (.92 against .73 on GenEval).',
+        'half-w1 distilled rl rl-whole',
+        [('distilled above GRPO at equal forwards', 'distilled', 'rl', ('t2i', 'open', 'blue')),
+         ("the same, the teachers' forwards counted", 'distilled', 'rl-whole',
+          ('t2i', 'open', 'blue'))],
+        'On a base stopped after 300 steps: one teacher likes blue, one clear shapes.')}

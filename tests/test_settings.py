@@ -1,0 +1,92 @@
+"""Settings: the table before step 0, choices, what a method does not read."""
+from conftest import *
+
+CONFIGS = sorted((ROOT / 'config').glob('*.py'))
+
+
+def script_of(path):
+    return train_teacher if path.name.startswith('teacher_') else T
+
+
+def settings_of(path):
+    return configure(script_of(path).SETTINGS, [str(path)])
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_nothing_of_the_demonstration_is_in_another_models_config(path):
+    c = settings_of(path)
+    if 'shapes' not in c.model:
+        smallest = min(c.resolution) if isinstance(c.resolution, (list, tuple)) else c.resolution
+        assert not c.score and smallest >= 512
+        assert not any('shapes' in str(v) for v in (c.data, c.eval_data, c.out_dir))
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    T.main(['--dry_run', f'--out_dir={tmp_path}/run'])
+    assert not (tmp_path / 'run').exists()
+    said = capsys.readouterr().out
+    for words in ('model .*shapes/base .StableDiffusion3Pipeline.',
+                  'danceopd, 4 steps, ODE, from merge', 'updates +500, from 17000',
+                  'samples a step +34 in groups of 1; 34 on each of 1 process',
+                  'route local_edit +teacher local_edit, .* rows, weight 2.0, 24 x 24 pixels'):
+        assert re.search(words, said), said
+
+
+def test_only_what_nobody_set_goes_with_another_model(tmp_path):
+    """The demonstration's held-out files and score mean nothing elsewhere, unless asked for."""
+    def own(*words):
+        return checks.own_settings(T.SETTINGS, words)
+    assert own().score and own().eval_data
+    other = own('--model=elsewhere')
+    assert other.score == '' and other.eval_data == []
+    assert own('--model=elsewhere', f'--score={own().score}').score == own().score
+    (tmp_path / 'c.py').write_text(f'eval_data = {own().eval_data!r}')
+    assert own('--model=elsewhere', f'{tmp_path}/c.py').eval_data == own().eval_data
+
+
+@pytest.mark.parametrize('script', [T, train_teacher], ids=['opd', 'teacher'])
+def test_methods_name_settings_that_there_are(script):
+    defaults = script.SETTINGS[0]
+    assert script.METHODS
+    for name, method in script.METHODS.items():
+        assert set(method.settings) <= set(defaults), name
+        assert len(set(method.settings)) == len(method.settings)
+
+
+def others_value(x):
+    """Another value of the same type that no other rule minds."""
+    return not x if type(x) is bool else x / 2 + 0.01 if type(x) is float else 17
+
+
+IN_VAIN = [(m, k) for m in T.METHODS for k in sorted({k for x in T.METHODS.values()
+                                                     for k in x.settings})
+           if k not in T.METHODS[m].settings]
+
+
+@pytest.mark.parametrize('method, key', IN_VAIN)
+def test_nothing_is_set_in_vain(method, key):
+    default, choices = T.SETTINGS[0][key], T.CHOICES.get(key, ())
+    value = next((x for x in choices if x != default), None) or others_value(default)
+    with pytest.raises(BadInput, match=f"{key}: method = '{method}' does not read it; leave it at"):
+        T.main(['--dry_run', '--eta=0.7', f'--method={method}', f'--{key}={value!r}'])
+
+
+@pytest.mark.parametrize('key', [k for k in T.CHOICES if k != 'routes_per_step'])
+def test_a_choice_is_one_of_its_table(key):
+    with pytest.raises(BadInput, match=f"{key}: 'nonsense' is not one of "):
+        T.main(['--dry_run', f'--{key}=nonsense'])
+
+
+def test_the_choices_are_the_keys_of_the_tables():
+    tables = dict(method=T.METHODS, query=T.QUERIES, states=T.STATES, sde=T.SDES, reward=T.REWARDS)
+    assert all(T.CHOICES[k] is table for k, table in tables.items())
+    assert all(T.SETTINGS[0][k] in known for k, known in T.CHOICES.items())
+
+
+def test_a_route_may_have_its_own_size(tmp_path, capsys):
+    routes = [dict(teacher='base', data='t2i', resolution=[24, 32], samples=17),
+              dict(teacher='count', data='count', samples=17)]
+    T.main(['--dry_run', f'--routes={routes!r}'])
+    said = capsys.readouterr().out
+    assert re.search('route t2i .*24 x 32 pixels', said)
+    assert re.search('route count .*24 x 24 pixels', said)
