@@ -31,7 +31,7 @@ SWITCHES = dict(plain=dict(grad_checkpointing=False, compile=False, base_storage
 
 def measure(c):
     """Samples a second, forwards a sample, the network's share of the time, GB."""
-    data = checks.check(c, T.SETTINGS[0], T.FAMILIES, T.CHOICES)
+    data = checks.check(c, SETTINGS[0], T.FAMILIES, T.CHOICES)
     for bucket in data.buckets.values():
         del bucket.place[64:]                                  # few words need be encoded
     world, inside = launch(c.device, c.tf32), []
@@ -63,7 +63,7 @@ def measure(c):
 
 
 def main(argv):
-    c = configurator.configure(SETTINGS, argv)
+    c = checks.own_settings(SETTINGS, argv)
     for k in c.switches.replace('+', ',').split(','):
         need(k in SWITCHES, f'switches: {k!r} is not one of {", ".join(SWITCHES)}')
     print(f'{c.model}, {c.method}, {len(c.routes)} routes, {c.steps} steps\n\n'
