@@ -34,6 +34,7 @@ class Unlike(Exception):
 def verify(models, who, sample, steps):
     """Prints the largest differences and a verdict. -> are they the same?"""
     field, size = models.field, sample.size
+    field.pipe.set_progress_bar_config(disable=True)
     print(f'{type(field).__name__} ({who}) against {type(field.pipe).__name__}: '
           f'{"%d x %d" % size} pixels, {steps} steps, {field.dtype}')
     with tempfile.TemporaryDirectory() as folder:
