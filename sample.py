@@ -89,6 +89,7 @@ def check(c):
         need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
     kinds = 'auto', 'float32', 'bfloat16', 'float16'
     need(c.dtype in kinds, f'dtype: {c.dtype!r} is not one of {", ".join(kinds)}')
+    need(c.base_storage in ('', 'float8'), f"base_storage: '' or 'float8', not {c.base_storage!r}")
     if c.score:
         files.load_function(c.score)
     path, run = locate(c)

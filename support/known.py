@@ -7,7 +7,7 @@ from pathlib import Path
 
 import merge_lora
 from configurator import BadInput, need
-from support.files import Data, read_data
+from support.files import Data, read_data, one_line
 from support.models import last_weights
 
 
@@ -24,8 +24,9 @@ def locate(c):
         if meta.is_file():
             try:
                 return path, dict(json.loads(meta.read_text())['settings'])
-            except (ValueError, KeyError, TypeError) as e:
-                raise BadInput(f'{meta} is damaged ({e!r}); give another checkpoint of it') from e
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise BadInput(f'{meta} is damaged ({one_line(repr(e))}); give another checkpoint '
+                               'of it') from e
     return path, {}
 
 

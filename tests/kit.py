@@ -112,13 +112,12 @@ def said_by(file, pipes):
     return said
 
 
-def files_of(folder, without=()):
-    """{path: what it is} of all in a folder; names that begin with a dot at its top are the kit's,
-    `without` are a run's to write."""
+def files_of(folder):
+    """{path: what it is} of all in a folder, but for what is the kit's: names with a dot first."""
     found = {}
     for p in sorted(folder.rglob('*')):
         name = str(p.relative_to(folder))
-        if name[0] == '.' or name.split('/')[0] in without or p.name == '.lock':
+        if name[0] == '.' or p.name == '.lock':
             continue
         if p.is_symlink():
             found[name] = os.readlink(p)
@@ -153,11 +152,11 @@ def play(case, at):
     if refused:                         # the folder that it was to write in may be there, empty
         after = {k: v for k, v in after.items() if k in before or v != 'folder'
                  or (at / '.at_weights').exists()}
-    own = [k for k in {**before, **after} if k.split('/')[0] == 'out']
     kept = refused and not (at / '.at_weights').exists()
-    lost = [k for k in before if after.get(k) != before[k] and (kept or k not in own)]
-    new = [k for k in after if k not in before and (kept or k not in own)]
-    return verdict(case, code, said, sentence, at, lost + new), sentence or said.strip()
+    changed = [k for k in before if after.get(k) != before[k]] + kept * [
+        k for k in after if k not in before]
+    changed = [k for k in changed if kept or k.split('/')[0] != 'out']
+    return verdict(case, code, said, sentence, at, changed), sentence or said.strip()
 
 
 def verdict(case, code, said, sentence, at, changed):
@@ -165,7 +164,7 @@ def verdict(case, code, said, sentence, at, changed):
         return 'hung'
     if 'Traceback (most' in said or code not in (0, *case.codes):
         return 'traceback'
-    if changed and case.want is not None and not case.want.startswith('made'):
+    if changed:
         return f'changed {changed[:2]}'
     if code == 0:
         return 'silent' if case.want else 'ok'
@@ -199,8 +198,8 @@ def warm():
 def chosen(cases, args):
     seen = Counter(c.name for c in cases)
     assert max(seen.values()) == 1, seen.most_common(3)
-    names = args.only.split(',')
-    return [c for c in cases if any(n in c.name for n in names)][::args.every]
+    some = [[c for c in cases if n in c.name][::args.every] for n in args.only.split(',')]
+    return list({c.name: c for found in some for c in found}.values())
 
 
 def run_all(args):

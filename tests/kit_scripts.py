@@ -143,9 +143,10 @@ def spoilt_run(at, w, file, spoil):
     spoil(at / 'run' / 'latest' / file)
 
 
-def earlier(at):
-    (at / 'out').mkdir()
-    (at / 'out' / '0000_0.png').write_text('mine')
+def earlier(at):                        # pictures, which are not written over
+    (at / 'mine').mkdir()
+    for name in ('0000_0.png', 'grid.png'):
+        (at / 'mine' / name).write_text('mine')
 
 
 def samples(w):
@@ -164,7 +165,7 @@ def samples(w):
             yield Case(f'sample: a run whose {file} is {kind}', None if spare else file,
                        ['--ckpt={at}/run', *fine[1:]], 'sample',
                        partial(spoilt_run, w=w, file=file, spoil=spoil))
-    yield Case('sample: earlier pictures', 'out', fine, 'sample', earlier)
+    yield Case('sample: earlier pictures', '', [*fine, '--out_dir={at}/mine'], 'sample', earlier)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 import pytest
 from common import ONE_THREAD, ROOT
 
-# of each class some; which ones differ from class to class, and are always the same
+# of each class some, always the same
 PARTS = ('setting', 'config', 'teacher', 'route', 'data', 'picture', 'run:', 'out_dir', 'disk full',
          'SIG', 'score', 'reward', 'model:', 'adapter:', 'merge')
 
