@@ -31,7 +31,7 @@ class Flux(Field):
             x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
         if self.net.config.guidance_embeds:
             guidance = torch.full_like(sigma, self.distilled_guidance)
-        out, = self.net(hidden_states=x.to(self.dtype), timestep=1000 * sigma / 1000,
+        out, = self.net(hidden_states=x.to(self.dtype), timestep=(1000 * sigma).to(self.dtype) / 1000,
                         guidance=guidance, encoder_hidden_states=text, img_ids=ids,
                         pooled_projections=self.stack(cond, 'pooled'),
                         txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)

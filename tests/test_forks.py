@@ -68,7 +68,8 @@ def test_an_error_of_ones_own_is_an_argument(tmp_path):
         m.setitem(T.METHODS, 'own', T.Method(own, READS))
         for method in ('danceopd', 'own'):
             T.main([*FEW[1:], f'--method={method}', '--max_steps=1', '--init_from=base',
-                    '--eval_samples=1', '--show=1', '--score=', '--log_every=1', f'--out_dir={tmp_path}/{method}'])
+                    '--eval_samples=1', '--show=1', '--score=', '--log_every=1',
+                    f'--out_dir={tmp_path}/{method}'])
             lines = map(json.loads, (tmp_path / method / 'log.jsonl').open())
             losses[method] = [e['loss'] for e in lines if 'loss' in e]
     assert 0 < losses['own'][0] < losses['danceopd'][0] / 1.9          # near 0 it is half the square
