@@ -195,8 +195,7 @@ def flow_matching(samples, models, c):
         schedule, sigma = models.sigmas(batch, 1000), []
         for s in batch:
             key = c.seed, s.step, s.number
-            drop = 0.0 if s.step == 'eval' else c.prompt_dropout
-            if rng(*key, 'drop').random() < drop:
+            if s.step != 'eval' and rng(*key, 'drop').random() < c.prompt_dropout:
                 s.cond = s.empty
             sigma.append(draw_sigma(schedule, rng(*key, 'sigma'), c.sigmas))
         with torch.no_grad():

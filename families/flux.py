@@ -31,7 +31,8 @@ class Flux(Field):
             x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
         if self.net.config.guidance_embeds:
             guidance = torch.full_like(sigma, self.distilled_guidance)
-        out, = self.net(hidden_states=x.to(self.dtype), timestep=(1000 * sigma).to(self.dtype) / 1000,
+        time = (1000 * sigma).to(self.dtype) / 1000            # rounded as by the pipeline
+        out, = self.net(hidden_states=x.to(self.dtype), timestep=time,
                         guidance=guidance, encoder_hidden_states=text, img_ids=ids,
                         pooled_projections=self.stack(cond, 'pooled'),
                         txt_ids=ids.new_zeros(text.shape[1], 3), return_dict=False)

@@ -85,8 +85,8 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
             need(x >= least, f'{k} must be at least {least}, not {x}')
         need(k not in MOST or x <= MOST[k], f'{k} must be at most {MOST.get(k)}, not {x}')
     for name, m in methods.items():
-        need(hasattr(m, 'settings') and callable(m.updates), f'METHODS: the entry of {name!r} is no '
-             'Method(function, (names of settings, ...))')
+        need(hasattr(m, 'settings') and callable(m.updates), f'METHODS: the entry of {name!r} is '
+             'no Method(function, (names of settings, ...))')
         odd = [k for k in m.settings if k not in defaults]
         need(type(m.settings) is tuple and not odd, f'METHODS: {name!r} declares settings that '
              f'there are not: {odd or m.settings!r}')

@@ -18,8 +18,9 @@ from support import checks, rewards
 from support.files import load_function
 
 CONFIGS = sorted((ROOT / 'config').glob('*.py'))
-SMALL = '--model=data/shapes/base --resolution=24 --rank=4 --max_steps=4 --batch_size=4 ' \
-    '--micro_batch=4 --eval_samples=4 --sample_steps=2 --lr=3e-3 --ema_decay=0.5 --device=cpu'.split()
+SMALL = ('--model=data/shapes/base --resolution=24 --rank=4 --max_steps=4 --batch_size=4 '
+         '--micro_batch=4 --eval_samples=4 --sample_steps=2 --lr=3e-3 --ema_decay=0.5 '
+         '--device=cpu').split()
 
 
 def script(path):
@@ -47,7 +48,7 @@ def nothing_made(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_a_config_passes_its_checks_or_says_how_its_teacher_is_made(path, nothing_made, monkeypatch):
+def test_a_config_is_fine_or_says_how_its_teacher_is_made(path, nothing_made, monkeypatch):
     monkeypatch.setattr(rewards, 'check', lambda name: None)   # a file of weights may be asked for
     makes = [t.get('make') for t in getattr(read(path), 'teachers', ())]
     if any(makes):
@@ -76,7 +77,7 @@ def test_no_teacher_is_a_placeholder(nothing_made):
 @pytest.mark.parametrize('path', [p for p in CONFIGS if not p.name.startswith('teacher')],
                          ids=lambda p: p.stem)
 def test_what_a_command_makes_is_what_the_config_names(path, nothing_made, monkeypatch):
-    """Each command passes its own checks, and ends in the teacher's folder, of its model and rank."""
+    """Each command passes its checks, and ends in the teacher's folder, of its model and rank."""
     monkeypatch.setattr(rewards, 'check', lambda name: None)
     c = read(path)
     for t in [t for t in c.teachers if 'make' in t]:
@@ -129,7 +130,7 @@ def as_parquet(folder):
 
 @pytest.mark.parametrize('pairs', ['examples', 'omniedit'])
 def test_from_pairs_over_two_teachers_to_a_student_that_edits(pairs, nothing_made, capsys):
-    """The commands of config/sd35_edit.py's head, with only model, sizes and counts of steps others."""
+    """The commands of config/sd35_edit.py's head; only model, sizes and numbers of steps differ."""
     edit = ['config/sd35_edit.py', *SMALL]
     if pairs == 'omniedit':
         as_parquet(nothing_made / 'parquet')

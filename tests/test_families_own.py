@@ -83,7 +83,8 @@ def test_it_trains_and_resumes(own, tmp_path):
                if isinstance(m, torch.nn.Linear) and k.endswith(('attn.to_q', 'attn.to_v'))}
     merge_lora.write_adapter(tmp_path / 'teacher', adapter)
     argv = [f'--model={model}', f'--family={family}', '--resolution=32', '--device=cpu',
-            '--steps=2', f"--teachers=[dict(name='one', lora='{tmp_path}/teacher')]", '--init_from=base',
+            '--steps=2', '--init_from=base',
+            f"--teachers=[dict(name='one', lora='{tmp_path}/teacher')]",
             "--routes=[dict(teacher='one', data='t2i')]", '--data=["data/examples/t2i.txt"]',
             '--batch_size=2', '--micro_batch=2', '--max_steps=2', '--save_every=1', '--ckpt_keep=9',
             '--show=1', '--eval_samples=2', '--sample_steps=2', '--warmup=1', '--rank=2',

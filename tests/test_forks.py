@@ -9,10 +9,10 @@ READS = T.METHODS['danceopd'].settings
 def dance(loss=None, wrap=None, anchored=True):
     """danceopd with something changed."""
     def updates(samples, models, c):
-        for terms in T.danceopd(samples, models, c if anchored else SimpleNamespace(
-                **{**{k: getattr(c, k) for k in ('seed', 'queries', 'query', 'steps', 'states', 'eta',
-                                                 'sde', 'micro_batch', 'rollout_guidance',
-                                                 'student_guidance')}, 'anchor': ''})):
+        known = ('seed', 'queries', 'query', 'steps', 'states', 'eta', 'sde', 'micro_batch',
+                 'rollout_guidance', 'student_guidance')
+        free = SimpleNamespace(anchor='', **{k: getattr(c, k) for k in known})
+        for terms in T.danceopd(samples, models, c if anchored else free):
             changed = (t._replace(loss=loss(t.loss)) if loss else t for t in terms)
             yield from changed if wrap == 'from' else [list(map(tuple, changed))] if wrap else [
                 changed]
@@ -72,4 +72,4 @@ def test_an_error_of_ones_own_is_an_argument(tmp_path):
                     f'--out_dir={tmp_path}/{method}'])
             lines = map(json.loads, (tmp_path / method / 'log.jsonl').open())
             losses[method] = [e['loss'] for e in lines if 'loss' in e]
-    assert 0 < losses['own'][0] < losses['danceopd'][0] / 1.9          # near 0 it is half the square
+    assert 0 < losses['own'][0] < losses['danceopd'][0] / 1.9  # near 0 it is half the square

@@ -148,8 +148,9 @@ def test_a_run_on_a_base_in_8_bits_resumes_exactly_and_is_sampled_from(tmp_path)
 def test_routes_of_different_sizes_learn_in_one_run(tmp_path):
     routes = [dict(teacher='base', data='t2i', resolution=[24, 32]),
               dict(teacher='count', data='count', resolution=16), dict(teacher='base', data='open')]
-    argv = [*FEW[:-3], f'--routes={routes}', "--data=['data/shapes/t2i.csv','data/shapes/count.csv',"
-            "'data/shapes/open.csv']", '--eval_data=[]', '--init_from=base', f'--out_dir={tmp_path}']
+    data = [f'data/shapes/{k}.csv' for k in ('t2i', 'count', 'open')]
+    argv = [*FEW[:-3], f'--routes={routes}', f'--data={data}', '--eval_data=[]',
+            '--init_from=base', f'--out_dir={tmp_path}']
     seen, velocity = set(), T.Models.velocity
 
     def watched(self, who, batch, z, *a, **k):
