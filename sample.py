@@ -82,14 +82,13 @@ def fill(c, run):
 
 
 def check(c):
-    """Everything that can be known before weights are loaded: the adapter's path, its tensors, and
-    a Sample of each prompt."""
+    """All that can be known before weights are loaded: path, adapter, a Sample of each prompt."""
     for k in ('num', 'batch_size', 'steps', 'height', 'width', 'max_sequence_length'):
         least = int(k in ('num', 'batch_size'))
         need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
-    kinds = 'auto', 'float32', 'bfloat16', 'float16'
-    need(c.dtype in kinds, f'dtype: {c.dtype!r} is not one of {", ".join(kinds)}')
-    need(c.base_storage in ('', 'float8'), f"base_storage: '' or 'float8', not {c.base_storage!r}")
+    kinds = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), base_storage=('', 'float8'))
+    for k, some in kinds.items():
+        need(getattr(c, k) in some, f'{k}: {getattr(c, k)!r} is not one of {", ".join(some)}')
     if c.score:
         files.load_function(c.score)
     path, run = locate(c)
