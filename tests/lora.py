@@ -1,5 +1,5 @@
 """Adapters for the tests: made at random, packed as tools pack them, added to a network by hand."""
-from common import *
+from conftest import *
 from pipelines import *
 
 TARGETS = {'sd3': 'to_q to_out.0 add_k_proj ff.net.2', 'zimage': 'to_q to_out.0 w2',

@@ -1,5 +1,5 @@
 """Tiny pipelines of every family, with its real shapes; and the same pictures by them and by us."""
-from common import *
+from conftest import *
 
 SIZES = (32, 48), (64, 32)
 LARGER = (64, 80), (96, 64)                                # Omni's pipeline edits none smaller

@@ -1,7 +1,7 @@
 """bench.py: its rows are those of train_opd's own step."""
 import concurrent.futures
 
-from common import *
+from conftest import *
 
 import bench
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common import ROOT
+from conftest import ROOT
 import sample
 import train_opd
 import train_teacher

@@ -1,5 +1,5 @@
 """Settings: what is one, which values they take, how bad ones are refused, and --help."""
-from common import *
+from conftest import *
 
 TEXT = '''"""A script.   name = 'x'  # not this"""
 import os

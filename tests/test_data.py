@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from common import ROOT
+from conftest import ROOT
 from configurator import BadInput
 from support import disk, files, plot
 from support.files import load_function, read_data

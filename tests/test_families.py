@@ -1,5 +1,5 @@
 """The families as velocity fields, against diffusers' own pipelines with tiny random weights."""
-from common import *
+from conftest import *
 from pipelines import *
 
 

@@ -1,5 +1,5 @@
 """Student and teachers as adapters on a family's network, and adapter files."""
-from common import *
+from conftest import *
 from pipelines import *
 
 

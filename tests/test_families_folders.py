@@ -1,5 +1,5 @@
 """A family from a saved folder: it opens, its sizes, and a run learns and resumes."""
-from common import *
+from conftest import *
 from pipelines import *
 
 

@@ -1,7 +1,7 @@
 """A family of one's own, from the guide's own text: docs/families.md."""
 import runpy
 
-from common import *
+from conftest import *
 from pipelines import *
 
 

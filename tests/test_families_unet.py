@@ -1,5 +1,5 @@
 """What schedulers and predictions UNets come with."""
-from common import *
+from conftest import *
 from pipelines import *
 
 OTHERS = dict(

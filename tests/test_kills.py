@@ -3,7 +3,7 @@ python tests/kit.py --kills=60"""
 import subprocess
 import sys
 
-from common import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, ROOT
 
 
 def test_nothing_is_lost_and_nothing_differs():

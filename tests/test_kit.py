@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from common import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, ROOT
 
 # of each class some, always the same
 PARTS = ('setting', 'config', 'teacher', 'route', 'data', 'picture', 'run:', 'out_dir', 'disk full',

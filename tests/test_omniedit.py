@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from common import ROOT
+from conftest import ROOT
 from configurator import BadInput
 from support.files import load_function, read_data
 

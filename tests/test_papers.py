@@ -1,7 +1,7 @@
 """The papers in miniature: arms, cost, statistics, the report."""
 import ast
 
-from common import *
+from conftest import *
 
 import papers
 import questions

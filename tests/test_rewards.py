@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import ROOT
+from conftest import ROOT
 from configurator import BadInput
 from support import files, rewards
 from support.rewards import RewardError, checked, from_file, load, remote

@@ -1,7 +1,7 @@
 """sample.py."""
 import itertools
 
-from common import *
+from conftest import *
 
 BASE = 'data/shapes/base'
 SENTENCES = 'a red circle top left on white|a blue square bottom right on gray'

@@ -1,7 +1,7 @@
 """sample.py --verify: a family that is its pipeline's is found the same, and a wrong one is not."""
 import contextlib
 
-from common import *
+from conftest import *
 from pipelines import *
 from support import verify as V
 from train_opd import Models, Sample

@@ -1,2 +1,0 @@
-"""For tests that still say common."""
-from conftest import *
