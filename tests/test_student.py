@@ -142,8 +142,8 @@ def test_the_route_and_sigma_of_the_first_bad_loss_are_named(world, tmp_path):
         routes = [dict(teacher=first, data='words'), dict(teacher=second, data='edits')]
         bad = 'words' if first == 'huge' else 'edits'
         with pytest.raises(BadInput, match=rf'lastly at route {bad}, sigma [01]\.\d{{3}}\. Lower'):
-            world.distil(tmp_path / f'run_{first}', teachers=teachers, routes=routes, steps=2, max_steps=9,
-                         eval_samples=1, save_every=1)
+            world.distil(tmp_path / f'run_{first}', teachers=teachers, routes=routes, steps=2,
+                         max_steps=9, eval_samples=1, save_every=1)
     assert torch.equal(weights(tmp_path / 'run_one', 3), weights(tmp_path / 'run_one', 4))
 
 
