@@ -510,8 +510,9 @@ class Student:
         counts = state.get('counts', dict(updates=step, skipped=0, idle=0, recent=[]))
         self.updates, self.skipped, self.idle = (counts[k] for k in ('updates', 'skipped', 'idle'))
         self.recent.extend(counts['recent'])
-        own, moments = self.optimizer.state_dict(), state['optimizer']['state']
-        try:                                                   # a resume follows the settings
+        own = self.optimizer.state_dict()                      # a resume follows the settings
+        try:
+            moments = state['optimizer']['state']
             shapes = [p.shape for p in self.params.values()]
             if moments and [moments[i]['exp_avg'].shape for i in range(len(shapes))] != shapes:
                 raise ValueError('its moments have other shapes')
@@ -524,7 +525,7 @@ class Student:
 def train_state(folder):
     try:
         state = torch.load(Path(folder) / 'train_state.pt', map_location='cpu', weights_only=True)
-        moments = state['optimizer']['state'].values()
+        moments = state['optimizer'].get('state', {}).values()
         numbers = *state['student'].values(), *(x for m in moments for x in m.values())
         if not all(torch.as_tensor(x).isfinite().all() for x in numbers):
             raise ValueError('values that are not finite')
