@@ -446,7 +446,6 @@ def main(argv):
         ending = any(gather(world, [world.stop.asked]))
         if done % c.save_every == 0 or final or ending:
             folder.save(done, models)
-        world.stop.busy = False
         if ending:
             return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:

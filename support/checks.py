@@ -337,7 +337,8 @@ def rehearsed(c, plan, method, Models, steps=3):
                  'of the terms of an update belongs')
             for term in terms:
                 check_term(term, c.method)
-    need(not c.anchor or 'anchor' in seen.asked, f'anchor is set, but method {c.method!r} does not '
+    held = getattr(c, 'anchor', '')                            # a teacher's settings have none
+    need(not held or 'anchor' in seen.asked, f'anchor is set, but method {c.method!r} does not '
          'read it: its loss has no `anchored` in it')
     return models.spent / steps
 

@@ -80,6 +80,7 @@ class Folder:
             meta = {**self.meta, 'state': self.state, 'notes': notes, 'step': step}
             save_checkpoint(self.out, step, self.student.save, self.prefix, meta, self.c.ckpt_keep)
         gather(self.world, [])
+        self.world.stop.busy = False                           # until the next step nothing is lost
 
     def say(self, text):
         if self.world.rank == 0:
