@@ -16,7 +16,7 @@ import merge_lora
 from configurator import BadInput, configure, need
 from support.disk import place
 from support.files import REMAKE, is_hub_id, load_function, model_configs, open_buckets
-from support.models import check_size, find_family
+from support.models import check_sizes, find_family
 from support.rewards import MODELS
 
 CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
@@ -254,8 +254,7 @@ def check_data(c, families, labels=(), need_target=False):
     c.routes = [dict(r, size=pixels(r.get('resolution', c.resolution))) for r in c.routes or
                 [dict(data=k, weight=float(len(b))) for k, b in data.buckets.items()]]
     family, data.pipeline, configs = peek(c.model, families, c.family)
-    for r in c.routes:
-        check_size(family, data.pipeline, configs, *r['size'], data.buckets[r['data']].sources > 0)
+    check_sizes(family, data.pipeline, configs, c.routes, data.buckets)
     return data
 
 

@@ -50,6 +50,12 @@ def check_size(family, pipeline, configs, height, width, editing=False):
          f"{name}'s table of positions, {most[0]} x {most[1]} pixels{' with a source' * editing}")
 
 
+def check_sizes(family, pipeline, configs, routes, buckets):
+    """The same of each route, which edits if its own bucket has sources."""
+    for r in routes:
+        check_size(family, pipeline, configs, *r['size'], buckets[r['data']].sources > 0)
+
+
 def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=256,
                distilled_guidance=3.5, base_storage=''):
     """A diffusers folder or hub id -> its field, whose network is still on the CPU."""
@@ -275,9 +281,8 @@ class Network:
         """All of a run. Prompts known ahead are encoded before the network is on the device."""
         field = open_field(families, c.model, c.dtype, device, c.family, c.max_sequence_length,
                            c.distilled_guidance, c.base_storage)
-        for size in {tuple(r['size']) for r in c.routes}:      # of a hub id, known only now
-            check_size(type(field), type(field.pipe).__name__, field.configs, *size,
-                       any(b.sources for b in data.buckets.values()))
+        check_sizes(type(field), type(field.pipe).__name__, field.configs, c.routes,
+                    data.buckets)                              # of a hub id, known only now
         models = cls(field, teachers, c.cache_gb, getattr(c, 'mixing', 'hard'),
                      getattr(c, 'teacher_offload', False), bool(c.base_storage))
         models.prompts.begin([r for rows in held.values() for r in rows], data.buckets)

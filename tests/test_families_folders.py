@@ -37,7 +37,7 @@ def told(name, height, width, editing=False):
     configs['vae'].pop('block_out_channels' if name in QWENS else '', None)    # its file has none
     try:
         pipe = type(field.pipe).__name__
-        checks.check_size(type(field), pipe, configs, height, width, editing)
+        M.check_size(type(field), pipe, configs, height, width, editing)
     except BadInput as e:
         return str(e)
 

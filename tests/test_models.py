@@ -171,6 +171,18 @@ def test_routes_of_different_sizes_learn_in_one_run(tmp_path):
         T.main([*argv, '--dry_run', f'--routes={[dict(routes[0], resolution="big")]}'])
 
 
+def test_a_route_without_sources_may_be_larger_than_one_that_edits(tmp_path):
+    """A diptych is twice as wide; words alone have all of the table of positions."""
+    routes = [dict(teacher='base', data='t2i', resolution=48),
+              dict(teacher='local_edit', data='local_edit', resolution=24)]
+    data = [f'data/shapes/{k}.csv' for k in ('t2i', 'local_edit')]
+    argv = [*FEW[:-3], f'--data={data}', '--eval_data=[]', '--init_from=base', '--max_steps=1',
+            '--routes_per_step=all', '--batch_size=2', f'--out_dir={tmp_path}']
+    T.main([*argv, f'--routes={routes}'])
+    with pytest.raises(BadInput, match='48 x 24.0 pixels with a source'):
+        T.main([*argv, f'--routes={[routes[0], dict(routes[1], resolution=48)]}'])
+
+
 def test_a_picture_of_another_size_keeps_its_shape_in_a_grid(tmp_path):
     rows = [[torch.zeros(3, 24, 24)], [torch.zeros(3, 24, 48)]]
     files.grid(rows, tmp_path / 'grid.png', scale=1)

@@ -23,7 +23,8 @@ import report as reports
 from configurator import need
 from questions import ARMS, MAKES, QUESTIONS, SEEDS
 from runs import BUDGET, POINTS, Run, arm_of, folder_of, make, needs, parsed, result_of
-from support.run import locked, write_text
+from support.disk import write_text
+from support.run import locked
 
 jobs = 1                            # processes side by side
 only = ''                           # questions, with commas; '' is all

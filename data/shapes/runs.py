@@ -18,8 +18,9 @@ import train_teacher
 from configurator import BadInput, need
 from questions import ARMS, MAKES, SCORED, SEEDS, SKILLS
 from support import checks
+from support.disk import write_text
 from support.files import load_function, read_data
-from support.run import checkpoints, newest, write_text
+from support.run import checkpoints, newest
 from train_opd import FAMILIES, Models, plan
 
 POINTS = 5                              # of a run: checkpoints that are scored
