@@ -25,11 +25,12 @@ import torch
 import configurator
 from configurator import collect, configure, need
 from support import files
-from support.checks import peek, pixels
+from support.checks import CHOICES, check_choices, peek, pixels
 from support.known import first_free, locate, read_buckets, read_weights
-from support.models import attach, check_size
+from support.models import attach, check_samples
 from support.processes import launch, torch_rng
 from support.run import locked
+from support.verify import verify as verified
 from train_opd import FAMILIES, Models, Sample, denoise, first_states, micro_batches, open_field
 
 # --------------------------------------------------------------------------------------------------
@@ -86,9 +87,7 @@ def check(c):
     for k in ('num', 'batch_size', 'steps', 'height', 'width', 'max_sequence_length'):
         least = int(k in ('num', 'batch_size'))
         need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
-    kinds = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), base_storage=('', 'float8'))
-    for k, some in kinds.items():
-        need(getattr(c, k) in some, f'{k}: {getattr(c, k)!r} is not one of {", ".join(some)}')
+    check_choices(c, dict(base_storage=('', 'float8'), dtype=(*CHOICES['dtype'], 'float16')))
     if c.score:
         files.load_function(c.score)
     path, run = locate(c)
@@ -100,8 +99,8 @@ def check(c):
             row = {**row, 'source_image': row.get('source_image') or c.source}
             rows.append(Sample(row, (c.height or h, c.width or w), None, label=bucket))
     need(rows, 'no prompt: give --prompt="one|another", or --prompts=file.txt')
+    check_samples(*found, rows)
     for size, path_of in {(s.size, s.row['source_image']) for s in rows}:
-        check_size(*found, *size, bool(path_of))
         files.shown([dict(source_image=path_of)], 'source_image', size)        # does it open?
     return path, read_weights(c, path) if path else {}, rows
 
@@ -112,10 +111,12 @@ def small(x, most=384):
     return torch.nn.functional.interpolate(x[None], size=size, mode='area')[0]
 
 
-def open_models(c, adapter):
+def open_models(c, adapter, rows):
     """(models, the name by which the adapter, or the bare base, is asked)."""
-    models = Models(open_field(c.model, c.dtype, launch(c.device, not c.verify).device, c.family,
-                               c.max_sequence_length, c.distilled_guidance, c.base_storage))
+    field = open_field(c.model, c.dtype, launch(c.device, not c.verify).device, c.family,
+                       c.max_sequence_length, c.distilled_guidance, c.base_storage)
+    check_samples(type(field), type(field.pipe).__name__, field.configs, rows)
+    models = Models(field)
     if not adapter:
         return models, 'base'
     adapter = {k: (A, B, s * c.scale) for k, (A, B, s) in models.fit(adapter, c.ckpt).items()}
@@ -163,11 +164,10 @@ def main(argv):
     c = configure(SETTINGS, argv)
     path, adapter, rows = check(c)
     if c.verify:
-        from support.verify import verify
-        sys.exit(not verify(*open_models(c, adapter), rows[0], c.steps))
+        sys.exit(not verified(*open_models(c, adapter, rows), rows[0], c.steps))
     out, sheet, scores = Path(c.out_dir), [{} for _ in rows[:SHEET]], {}
     lock, first = locked(out), first_free(out)                 # locked until the process ends
-    models, who = open_models(c, adapter)
+    models, who = open_models(c, adapter, rows)
     sizes = ', '.join(dict.fromkeys('%d x %d' % s.size for s in rows))
     print(f'{path or "base"} on {c.model}: {sizes} pixels, {c.steps} steps, guidance {c.guidance}')
     try:

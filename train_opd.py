@@ -475,6 +475,8 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
 def draw_queries(key, s, c):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
     r, inside, taken = rng(*key, 'rule'), rng(*key).random(), []
+    if c.queries == c.steps:                                   # the only choice
+        return list(range(c.steps))
     for k in range(c.queries):
         even = (k + (s.slot + inside) / s.of) / c.queries
         for _ in range(10 ** 6):                               # Beta's tails are thin
@@ -816,7 +818,7 @@ def evaluate(step, held, draw, models, c, folder):
             entry[f'gap/{label}'] = mean_gap(route, rest, models, c, folder.world)
         lines += zip((f'{label}: {r["prompt"]}' for r in rows), *folder.stills[label], now)
     folder.draw(step, lines, ['source', 'teacher', 'student at start', 'student now'])
-    folder.add(entry)
+    folder.log.add(entry)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -830,8 +832,7 @@ def main(argv):
     c = checks.own_settings(SETTINGS, argv)
     data = checks.check(c, SETTINGS[0], FAMILIES, CHOICES)
     world = launch(c.device, c.tf32)
-    if world.rank == 0:
-        checks.print_plan(c, data, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
+    checks.print_plan(c, data, world, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
     if c.dry_run:
         return checks.tell_dry_run(c, world)
 
@@ -840,7 +841,7 @@ def main(argv):
     models = Models.open(FAMILIES, c, world.device, data, held, c.teachers, folder.resumed)
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in plan(step, c, data.buckets, world))
-    student = models.student
+    student, log = models.student, folder.log
     draw = partial(render, models=models, c=c, world=world)
     folder.begin(models, data, held, draw)
     if not folder.evaluated():
@@ -855,21 +856,21 @@ def main(argv):
             for term in terms:
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
-                folder.note(term.batch, **term.numbers)
+                log.note(term.batch, **term.numbers)
             norm = student.update(learning_rate(step, c), c, world)
-            folder.watch(step, norm, student)
-        folder.tally(cost=models.spent)
+            log.watch(step, norm, student)
+        log.tally(cost=models.spent)
 
         # log, save, evaluate
         done, final = step + 1, step + 1 == c.max_steps
-        bar.set_postfix(folder.glance(samples), refresh=False)
+        bar.set_postfix(log.glance(samples), refresh=False)
         if done % c.log_every == 0 or final:
-            folder.report(done, grad_norm=norm, lr=learning_rate(step, c))
+            log.report(done, grad_norm=norm, lr=learning_rate(step, c))
         ending = any(gather(world, [world.stop.asked]))
         if done % c.save_every == 0 or final or ending:
             folder.save(done, models)
         if ending:
-            return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
+            return log.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:
             evaluate(done, held, draw, models, c, folder)
     folder.conclude(held, models, draw)

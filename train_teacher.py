@@ -389,8 +389,8 @@ def evaluate(step, held, models, c, folder):
             found[f'score/{label}'] = judged(c.score, now, rows, c.micro_batch, world)
         lines += zip((f'{label}: {row["prompt"]}' for row in few), *folder.stills[label], now)
     folder.draw(step, lines, ['source', 'target', 'base', 'now'])
-    folder.say(f'step {step:6d}  ' + '  '.join(f'{k} {x:.4g}' for k, x in found.items()))
-    folder.add(dict(step=step, **{f'eval/{k}': x for k, x in found.items()}))
+    folder.log.say(f'step {step:6d}  ' + '  '.join(f'{k} {x:.4g}' for k, x in found.items()))
+    folder.log.add(dict(step=step, **{f'eval/{k}': x for k, x in found.items()}))
 
 
 @torch.no_grad()
@@ -423,7 +423,7 @@ def main(argv):
     models = Models.open(FAMILIES, c, world.device, data, held, checkpoint=folder.resumed)
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in samples_of(step))
-    models.judges, student = Judges(c, folder), models.student
+    models.judges, student, log = Judges(c, folder), models.student, folder.log
     folder.begin(models, data, held)
     if not folder.evaluated():
         evaluate(folder.first, held, models, c, folder)
@@ -434,25 +434,24 @@ def main(argv):
             for term in terms:
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
-                folder.note(term.batch, **term.numbers)
+                log.note(term.batch, **term.numbers)
             norm = student.update(learning_rate(step, c), c, world)
-            folder.watch(step, norm, student)
-        folder.tally(cost=models.spent)
+            log.watch(step, norm, student)
+        log.tally(cost=models.spent)
 
         done, final = step + 1, step + 1 == c.max_steps
-        bar.set_postfix(folder.glance(samples), refresh=False)
+        bar.set_postfix(log.glance(samples), refresh=False)
         if done % c.log_every == 0 or final:
-            folder.report(done, grad_norm=norm, lr=learning_rate(step, c))
+            log.report(done, grad_norm=norm, lr=learning_rate(step, c))
         ending = any(gather(world, [world.stop.asked]))
         if done % c.save_every == 0 or final or ending:
             folder.save(done, models)
         if ending:
-            return folder.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
+            return log.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
         if done % c.eval_every == 0 or final:
             evaluate(done, held, models, c, folder)
-    found = [e for e in folder.history if 'lr' not in e]       # without targets or a score, empty
-    folder.end({k[5:]: dict(before=found[0].get(k, x), after=x) for k, x in found[-1].items()
-                if k != 'step'}, 'evaluation')
+    folder.end({k[5:]: log.ends(k) for k in log.history[-1]
+                if k.startswith('eval/')}, 'evaluation')       # without targets or a score, empty
 
 
 if __name__ == '__main__':

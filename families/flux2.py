@@ -72,7 +72,8 @@ class Flux2(Field):
             x, ids = torch.cat([x, source], 1), torch.cat([ids, more])
         if self.net.config.guidance_embeds:
             guidance = torch.full_like(sigma, self.distilled_guidance)
-        out, = self.net(hidden_states=x.to(self.dtype), timestep=1000 * sigma / 1000,
+        time = (1000 * sigma).to(self.dtype) / 1000            # rounded as by the pipeline
+        out, = self.net(hidden_states=x.to(self.dtype), timestep=time,
                         guidance=guidance, encoder_hidden_states=text, img_ids=ids,
                         txt_ids=torch.nn.functional.pad(words, (3, 0)), return_dict=False)
         return out[:, :n].mT.unflatten(2, z.shape[2:])

@@ -32,8 +32,7 @@ class Qwen(Field):
 
     def sigmas(self, n, height, width):
         s = super().sigmas(n, height, width)
-        need(s.isfinite().all(), f'{n} step: a schedule whose last sigma is set (shift_terminal) '
-             'has at least 2 steps')
+        need(s.isfinite().all(), f'{n} step: a schedule with shift_terminal has at least 2 steps')
         return s
 
     def shape(self, height, width):
@@ -57,8 +56,8 @@ class Qwen(Field):
         mean, std = self.norm()
         z = (z * std + mean)[:, :, None].to(self.vae.dtype)
         few = z.split(max(1, 2 ** 18 // (z.shape[3] * z.shape[4] * self.factor ** 2)))
-        return torch.cat([(self.vae.decode(x).sample[:, :, 0].float() / 2 + 0.5).clamp(0, 1)
-                          for x in few])
+        x = torch.cat([self.vae.decode(x).sample[:, :, 0].float() for x in few])
+        return (x / 2 + 0.5).clamp(0, 1)
 
     def forward(self, z, sigma, cond):
         x, text = pixel_unshuffle(z, 2), [c['text'].to(self.device, self.dtype) for c in cond]
@@ -69,7 +68,8 @@ class Qwen(Field):
             x, shapes = torch.cat([x, source], 1), shapes * 2
         if len({len(t) for t in text}) > 1:
             mask = pad_sequence([torch.ones_like(t[:, 0]).long() for t in text], True)
-        out, = self.net(hidden_states=x.to(self.dtype), timestep=1000 * sigma / 1000,
+        time = (1000 * sigma).to(self.dtype) / 1000            # rounded as by the pipeline
+        out, = self.net(hidden_states=x.to(self.dtype), timestep=time,
                         encoder_hidden_states=pad_sequence(text, True), return_dict=False,
                         encoder_hidden_states_mask=mask, img_shapes=[shapes] * len(z))
         return pixel_shuffle(out[:, :h * w].mT.unflatten(2, (h, w)), 2)

@@ -31,7 +31,8 @@ runtime_config ensure_weight_tying'''.split()
 SOME = dict(peft_type=['LORA'], bias=['none'],
             init_lora_weights=[True, 'gaussian', 'eva', 'orthogonal', 'mica'])
 PATIENCE = 10  # seconds for an adapter's patterns
-MATCH = '''import json, re, sys
+MATCH = '''import json, re, signal, sys
+signal.alarm(60)                # if nobody is left to stop it
 patterns, names = json.load(sys.stdin)
 tests = [re.compile(rf"(.*\\.)?({p})$") for p in patterns]
 found = [next((i for i, t in enumerate(tests) if t.match(n)), None) for n in names]

@@ -361,15 +361,16 @@ def check_term(term, method):
          f'{len(term.batch)} samples: it should be one number a sample')
 
 
-def print_plan(c, data, plan, methods, Models):
-    """What follows from the settings."""
-    size, world = c.batch_size, int(os.environ.get('WORLD_SIZE', 1))
-    forwards = rehearsed(c, plan, methods[c.method], Models)
+def print_plan(c, data, world, plan, methods, Models):
+    """What follows from the settings; one process says it."""
+    if world.rank:
+        return
+    size, forwards = c.batch_size, rehearsed(c, plan, methods[c.method], Models)
     sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
     rows = [('model', f'{c.model} ({data.pipeline or "family unknown until fetched"})'),
             ('method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'),
-            ('samples a step', f'{size} in groups of {c.group_size}; {size // world} on each of '
-             f'{world} process(es), {c.micro_batch} a forward'),
+            ('samples a step', f'{size} in groups of {c.group_size}; {size // world.size} on each '
+             f'of {world.size} process(es), {c.micro_batch} a forward'),
             ('forwards a step', f'{forwards:.0f}, {forwards / size:.1f} a sample, teachers '
              'included; with gradient they count three, with guidance double'),
             ('updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts')]

@@ -60,11 +60,11 @@ class Judges:
     def note(self, batch, values):
         total = sum(w * v for w, v in zip(self.weights.values(), values))
         each = {f'reward/{k}': v for k, v in zip(self.weights, values)}
-        self.folder.note(batch, reward=total, **each)
+        self.folder.log.note(batch, reward=total, **each)
 
     def note_groups(self, samples, alive, group):
         dead = 1.0 - alive.float()
-        self.folder.note(samples[::group], groups=torch.ones_like(dead), skipped_groups=dead,
+        self.folder.log.note(samples[::group], groups=torch.ones_like(dead), skipped_groups=dead,
                          skipped_share=dead)
 
     def remember(self, found):

@@ -37,6 +37,9 @@ def check_size(family, pipeline, configs, height, width, editing=False):
             unit, most = family.unit(configs), family.largest(configs, editing)
         if not min(unit, *most) > 0:
             raise ValueError(f'patches of {unit} pixels')
+        scale = configs.get('vae', {}).get('scaling_factor')
+        if scale is not None and not 0 < abs(scale) < math.inf:
+            raise ValueError(f'a scaling_factor of {scale}')
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as e:
         raise BadInput(f'{pipeline}: the config.json of its {family.prefix} or vae is damaged '
                        f'({one_line(repr(e))}); fetch the model again') from e
@@ -54,6 +57,12 @@ def check_sizes(family, pipeline, configs, routes, buckets):
     """The same of each route, which edits if its own bucket has sources."""
     for r in routes:
         check_size(family, pipeline, configs, *r['size'], buckets[r['data']].sources > 0)
+
+
+def check_samples(family, pipeline, configs, samples):
+    """And of samples, each of which edits if it has a source."""
+    for size, edits in dict.fromkeys((s.size, bool(s.row['source_image'])) for s in samples):
+        check_size(family, pipeline, configs, *size, edits)
 
 
 def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=256,

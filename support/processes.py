@@ -55,13 +55,12 @@ class Stop:
     code that catches its own errors takes a KeyboardInterrupt for one of them.)"""
 
     def __init__(self):
-        self.asked, self.busy = False, False
+        self.asked, self.busy, self.saved = False, False, ''
         self.before = {k: signal.signal(k, self.hear) for k in (signal.SIGTERM, signal.SIGINT)}
 
     def hear(self, number, frame):
         if self.asked or not self.busy:
-            raise KeyboardInterrupt('asked to stop; what was saved stays, and --init_from=resume '
-                                    'goes on from it')
+            raise KeyboardInterrupt(f'asked to stop; what was written stays{self.saved}')
         self.asked = True
 
     def over(self):

@@ -1,34 +1,31 @@
 """
-A run's folder: log.jsonl, samples/, result.json, and checkpoints step_*/ with a link `latest`. A
-checkpoint is renamed into place when it is whole: a run can be killed at any moment.
+A run's folder: log.jsonl (support/log.py), samples/, result.json, and checkpoints step_*/ with a
+link `latest`. A checkpoint is renamed into place when it is whole, so that a run can be killed at
+any moment.
 """
-import fcntl, hashlib, json, math, os, re, resource, shutil, socket, sys, time
+import fcntl, hashlib, json, os, re, shutil, socket, time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
 from support.disk import place, write_text, writing
 from support.files import RewardError, draw_pairs, grid, judged, one_line
+from support.log import Log, read_log
 from support.plot import curve
 from support.processes import gather
 
-SUMS = 'groups', 'skipped_groups', 'cost'              # in the log; other numbers are means
-BAD = 5                                                # so many skipped of the last 20 end a run
-
 
 class Folder:
-    """Where a run keeps its log, pictures and checkpoints; one process writes. `resumed` is the
+    """Where a run keeps its `log`, pictures and checkpoints; one process writes. `resumed` is the
     checkpoint that is resumed, or None, `first` its step, `state` what a method keeps besides
     weights, `stills` pictures that do not change."""
 
     def __init__(self, c, world, teachers=()):
-        self.c, self.world, self.out, self.state, self.stills = c, world, Path(c.out_dir), [], {}
-        self.first, self.notes, self.history, self.t0 = 0, [], [], time.time()
-        self.log, self.begun, self.trackers = self.out / 'log.jsonl', False, []
-        self.at, self.bad_at = '', ''                          # where the last loss was, a bad one
+        self.c, self.world, self.out, self.first = c, world, Path(c.out_dir), 0
+        self.state, self.stills = [], {}
+        self.log = Log(self.out / 'log.jsonl', world)
         paths = {t['name']: t.get('lora') or t.get('checkpoint') or c.model for t in teachers}
         found = {t['name']: merge_lora.find(t['lora']) for t in teachers if t.get('lora')}
         self.meta = dict(
@@ -51,22 +48,25 @@ class Folder:
         self.meta['settings']['init_from'] = old['settings']['init_from']
         self.first, self.state = old['step'], old['state']
         if self.world.rank == 0:                               # the others' are in it
-            self.notes = old['notes']
-        self.history = [e for e in read_log(self.log) if e['step'] <= self.first]
-        if self.first and not self.history:
-            self.say(f'{self.log} has no entries: the log begins anew at step {self.first}')
+            self.log.notes = old['notes']
+        log = self.log
+        log.history = [e for e in read_log(log.path) if e['step'] <= self.first]
+        if self.first and not log.history:
+            log.say(f'{log.path} has no entries: the log begins anew at step {self.first}')
 
     def begin(self, models, data, held, render=None):
         """Before the first step: what it starts from, and edit pairs to be looked at, as files; and
         the score is asked once, so that it does not fail at the end."""
         self.student, self.prefix, c = models.student, models.field.prefix, self.c
         for name, text in models.derived():
-            self.say(f'{name:22s} {text}')
+            self.log.say(f'{name:22s} {text}')
         if render and c.score and c.score_samples:
             rows = held[c.routes[0]['data']][:1]
             judged(c.score, render('student', c.routes[0], rows), rows, 1, self.world)
+        if self.world.rank == 0:
+            self.log.told = trackers(self)
         if self.resumed:
-            return self.say(f'resumed {self.resumed}')
+            return self.log.say(f'resumed {self.resumed}')
         if self.world.rank == 0:
             start = self.student.modules(self.student.start)
             with writing(self.out / 'start'):
@@ -75,32 +75,13 @@ class Folder:
         self.save(0, models)
 
     def save(self, step, models):
-        notes = gather(self.world, self.notes)
+        notes = gather(self.world, self.log.notes)
         if self.world.rank == 0:
             meta = {**self.meta, 'state': self.state, 'notes': notes, 'step': step}
             save_checkpoint(self.out, step, self.student.save, self.prefix, meta, self.c.ckpt_keep)
         gather(self.world, [])
-        self.world.stop.busy = False                           # until the next step nothing is lost
-
-    def say(self, text):
-        if self.world.rank == 0:
-            tqdm.write(text)                                   # above the bar, if there is one
-            sys.stdout.flush()
-
-    def add(self, entry):
-        """To the log. Before the first, what came after the checkpoint that is resumed goes."""
-        self.history.append(entry)
-        if self.world.rank:
-            return
-        if not self.begun:
-            write_text(self.log, ''.join(json.dumps(e) + '\n' for e in self.history))
-            self.trackers = trackers(self)
-            self.begun = True
-        else:
-            with writing(self.log), open(self.log, 'a') as f:
-                f.write(json.dumps(entry) + '\n')
-        for tell in self.trackers:
-            tell(entry)
+        stop = self.world.stop                                 # until the next step nothing is lost
+        stop.busy, stop.saved = False, f', and --init_from=resume goes on from step {step}'
 
     def bar(self):
         steps, quiet = self.c.max_steps, None if self.world.rank == 0 else True
@@ -110,60 +91,7 @@ class Folder:
     def evaluated(self):
         """Is the step that this run begins with not one to evaluate, or is that in the log?"""
         due = self.first % self.c.eval_every == 0 or self.first == self.c.max_steps
-        return not due or any(e['step'] == self.first and 'lr' not in e for e in self.history)
-
-    def note(self, batch, **numbers):
-        """Numbers of each sample, for the next report; gap and reward also by route."""
-        columns = {k: v.tolist() for k, v in numbers.items()}  # one wait for the device a number
-        for j, s in enumerate(batch):
-            note = {k: v[j] for k, v in columns.items()}
-            self.at = f'route {s.label}, sigma {note.get("sigma", math.nan):.3f}'
-            if not all(map(math.isfinite, note.values())):
-                self.bad_at = self.at
-            self.notes.append(note | {f'train_{k}/{s.label}': note[k]
-                                      for k in ('gap', 'reward') if k in note})
-
-    def tally(self, **numbers):
-        """Numbers of a whole step."""
-        self.notes.append(numbers)
-
-    def watch(self, step, norm, student):
-        """A skipped update is counted and named; too many end the run."""
-        bad_at, self.bad_at = self.bad_at, ''
-        if math.isfinite(norm):
-            return
-        where = [x for x in gather(self.world, [bad_at]) if x]
-        where = where[0] if where else f'{self.at}, whose loss was finite'
-        many = sum(student.recent)
-        self.say(f'step {step + 1}: update skipped, its gradient was not finite ({where})')
-        need(many < BAD, f'{many} of the last {len(student.recent)} updates had no finite '
-             f'gradient, lastly at {where}. Lower lr, or use dtype=float32; the last checkpoint in '
-             f'{self.out} is from before')
-
-    def glance(self, samples):
-        """For the bar: the last sample's numbers, and the step's routes."""
-        note = next((n for n in reversed(self.notes) if 'loss' in n), {})
-        shown = {k: f'{note[k]:.3g}' for k in ('loss', 'gap', 'reward') if k in note}
-        return shown | dict(route='+'.join(dict.fromkeys(s.label for s in samples)))
-
-    def report(self, step, **entry):
-        """An entry of the log, and a line for people: means of what was noted; some are sums."""
-        notes, self.notes = gather(self.world, self.notes), []
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / 1e9
-        entry = dict(step=step, **entry, skipped=self.student.skipped, idle=self.student.idle,
-                     seconds=round(time.time() - self.t0, 1), memory_gb=round(peak, 2))
-        for k in sorted({k for n in notes for k in n}):
-            some = [n[k] for n in notes if k in n]             # fsum: in any order the same
-            total = math.fsum(some) / (1 if k in SUMS else len(some))
-            entry[k] = max(some) if k == 'ratio_off' else total
-        self.add(entry)
-        told = 'loss', 'gap', 'reward', 'kl', 'sigma', 'ratio_off', 'grad_norm'
-        shown = [f'{k.removeprefix("train_")} {v:.4g}' for k, v in entry.items()
-                 if k in told or k.startswith('train_')]
-        spent = f'{entry["seconds"]:.0f} s', f'{peak:.1f} GB'
-        self.say('  '.join([f'step {step:6d}', *shown, *spent]))
+        return not due or any(e['step'] == self.first and 'lr' not in e for e in self.log.history)
 
     def draw(self, step, lines, heads):
         """Lines of (caption, picture, picture, ...) as a picture of the step."""
@@ -173,18 +101,16 @@ class Folder:
             self.curves()
 
     def curves(self):
-        gaps = sorted({k for e in self.history for k in e if k.startswith('gap/')})
-        curve(self.history, self.out / 'loss.png', ['loss', 'reward', *gaps])
+        gaps = sorted({k for e in self.log.history for k in e if k.startswith('gap/')})
+        curve(self.log.history, self.out / 'loss.png', ['loss', 'reward', *gaps])
 
     def conclude(self, held, models, render):
         """result.json: by route, the gap before and after, and what the score says of everyone. A
         score that fails loses nothing else."""
         result, c, failed = {}, self.c, ''
         for route in c.routes:
-            name = f'gap/{route["data"]}'
-            gaps = {e['step']: e[name] for e in self.history if name in e}
-            before = dict(gap_before=gaps[0]) if 0 in gaps else {}     # a log may be gone
-            result[route['data']] = dict(before, gap_after=gaps[max(gaps)])
+            gaps = self.log.ends(f'gap/{route["data"]}')
+            result[route['data']] = {f'gap_{k}': x for k, x in gaps.items()}
         try:
             for route in c.routes if c.score and c.score_samples else ():
                 result[route['data']] |= self.scores(route, held, models.student, render)
@@ -215,9 +141,10 @@ class Folder:
             if self.student.skipped:
                 print(f'{self.student.skipped} updates were skipped: their gradients were not '
                       'finite')
-            print(f'{time.time() - self.t0:.0f} s; {self.out}/latest holds the adapter, '
+            print(f'{time.time() - self.log.t0:.0f} s; {self.out}/latest holds the adapter, '
                   f'{self.out}/samples the pictures, {self.out}/loss.png the curves. '
                   f'Try: python sample.py --ckpt {self.out}')
+            self.lock.close()                                  # who imported us may begin another
 
 
 def trackers(folder):
@@ -270,26 +197,6 @@ def read_meta(path):
         raise BadInput(f'{path} is damaged ({type(e).__name__}: {one_line(e)}); delete '
                        f'{path.parent} to go on from the checkpoint before it') from e
     return found
-
-
-def read_log(path):
-    """The entries of a log. A kill cuts its last line; in any other there is something."""
-    try:
-        *lines, cut = path.read_bytes().split(b'\n') if path.exists() else [b'']
-    except OSError as e:
-        raise BadInput(f'{path} cannot be read: {e.strerror}') from e
-    entries = []
-    for n, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line.decode())
-            if type(entry['step']) is not int or not all(
-                    type(x) in (int, float) for x in entry.values()):
-                raise ValueError('a value that is no number')
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise BadInput(f'{path}, line {n} is damaged ({one_line(repr(e))}); mend it, or take '
-                           'it out') from e
-        entries.append(entry)
-    return entries
 
 
 def sha256(path):

@@ -87,7 +87,8 @@ CONFIGS = [
     ('transformer', dict(num_layers=50)), ('transformer', dict(in_channels=5)),
     ('transformer', dict(sample_size='x')), ('transformer', dict(pos_embed_max_size='x')),
     ('vae', dict(block_out_channels=[])), ('vae', dict(block_out_channels=5)),
-    ('vae', dict(latent_channels='x')), ('scheduler', dict(shift='x')),
+    ('vae', dict(latent_channels='x')), ('vae', dict(scaling_factor=0)),
+    ('vae', dict(scaling_factor='x')), ('scheduler', dict(shift='x')),
     ('scheduler', dict(_class_name='Nope'))]
 
 

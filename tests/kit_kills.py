@@ -180,6 +180,10 @@ def gone(pids, seconds):
     return False
 
 
+def steps_of(out):
+    return [(e['step'], 'lr' in e) for e in R.read_log(out / 'log.jsonl')]
+
+
 def under_torchrun(world, work, n, random_, say):
     work.mkdir()
     t0, plain = time.time(), torchrun(world, work / 'plain')
@@ -198,13 +202,14 @@ def under_torchrun(world, work, n, random_, say):
             os.kill(victim, signal.SIGKILL)
         if target == 'launcher':                       # its orphans go on: who starts now is told
             code, told = ended(settings(world, out) + ['--init_from=resume'], work / f'new_{i}')
-            orphans = any(Path(f'/proc/{p}').exists() for p in ranks)
-            if orphans and code != 2:
-                raise SystemExit(f'orphans write, and so does a new start: {code} {told}')
+            if code not in (0, 2):
+                raise SystemExit(f'a new start beside orphans: {code} {told}')
         launcher.communicate(timeout=120)
         assert gone(ranks, 120), 'ranks that never end'
         whole(out)
-        if code == 0:                                  # the orphans were done: another run ended it
+        if code == 0:                                  # the orphans were done: the new one ended it
+            if steps_of(out) != steps_of(work / 'plain'):
+                raise SystemExit(f'orphans and a new start wrote both; see {out}')
             continue
         if not (out / 'result.json').exists():
             again = torchrun(world, out)

@@ -156,6 +156,11 @@ def test_queries_are_distinct_and_in_their_order(rule):
             assert x == sorted(set(x)) and len(x) == k and 0 <= x[0] and x[-1] < 16
 
 
+@pytest.mark.parametrize('rule', T.QUERIES)
+def test_all_steps_are_one_choice_and_not_waited_for(rule):
+    assert drawn(rule, 50, 50, n=3) == [[*range(50)]] * 3
+
+
 def frequencies(rule, k, n, draws=10000):
     counts = torch.zeros(n)
     for x in drawn(rule, k, n, draws):

@@ -1,5 +1,6 @@
 """Runs: resumed, killed, asked to stop; their folder, checkpoints and log."""
 from conftest import *
+from support import processes
 
 
 # -------------------- a resumed run is the run
@@ -110,6 +111,19 @@ def test_sigterm_saves_and_ends_well(world, tmp_path):
     step = json.loads((last / 'meta.json').read_text())['step']
     assert f'asked to stop: saved step {step}; continue with --init_from=resume' in said
     assert last.name == f'step_{step:06d}' and 2 <= step < 100000
+
+
+def test_who_is_stopped_is_told_of_a_resume_only_when_there_is_one(monkeypatch):
+    monkeypatch.setattr(processes.signal, 'signal', lambda *a: None)
+    stop = processes.Stop()
+    with pytest.raises(KeyboardInterrupt, match='stays$'):
+        stop.hear(2, None)
+    out = SimpleNamespace(log=SimpleNamespace(notes=[]), c=SimpleNamespace(ckpt_keep=1), out='x',
+                          world=SimpleNamespace(rank=1, size=1, stop=stop))
+    stop.busy = True
+    R.Folder.save(out, 7, None)
+    with pytest.raises(KeyboardInterrupt, match='init_from=resume goes on from step 7'):
+        stop.hear(2, None)
 
 
 def test_a_torn_line_in_the_log_does_not_stop_a_resume(world, tmp_path):

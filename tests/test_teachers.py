@@ -141,6 +141,15 @@ def test_imitation_lowers_its_loss(world, tmp_path):
 
 
 # -------------------- runs
+def test_a_log_that_lost_its_beginning_has_no_before(world, tmp_path):
+    argv = dict(method='sft', data=[str(world.at / 'edits.csv')], eval_samples=1, save_every=1)
+    out = world.teach(tmp_path / 'run', max_steps=1, **argv)
+    assert set(result(out)['loss/edits']) == {'before', 'after'}
+    (out / 'log.jsonl').unlink()
+    world.teach(tmp_path / 'run', max_steps=2, init_from='resume', **argv)
+    assert set(result(out)['loss/edits']) == {'after'}
+
+
 @pytest.mark.parametrize('method', TEACHERS)
 def test_a_teacher_resumes_bit_for_bit(method, world, tmp_path):
     (tmp_path / 'few.csv').write_text('prompt\na red circle on white\na green square on black\n')

@@ -109,6 +109,19 @@ def test_in_bfloat16_rounding_is_allowed_and_a_sign_is_not(name):
             assert float(lines['text'].split()[3]) > V.EXACT
 
 
+@pytest.mark.parametrize('name', ['sd3', 'flux', 'klein', 'flux2', 'qwen'])
+def test_in_bfloat16_the_network_is_told_the_very_times_of_the_pipeline(name):
+    field, seen = build(name), []
+    for k, m in field.pipe.components.items():
+        if m is field.net or k.startswith('text_encoder') and m is not None:
+            m.bfloat16()
+    field.dtype = field.net.dtype
+    field.net.register_forward_pre_hook(                       # which rounds them so at once
+        lambda m, a, k: seen.append(k['timestep'].bfloat16()[0].item()), with_kwargs=True)
+    V.drawn(Models(field), 'base', Sample(dict(prompt=OURS, source_image=''), SIZES[1], None), 4, 1)
+    assert seen[:4] == seen[4:] and len(set(seen)) == 4
+
+
 def test_an_adapter_is_on_the_network_that_both_use():
     field = build('flux')
     g = torch.Generator().manual_seed(0)
