@@ -118,8 +118,9 @@ def test_in_bfloat16_the_network_is_told_the_very_times_of_the_pipeline(name):
     field.dtype = field.net.dtype
     field.net.register_forward_pre_hook(                       # which rounds them so at once
         lambda m, a, k: seen.append(k['timestep'].bfloat16()[0].item()), with_kwargs=True)
-    V.drawn(Models(field), 'base', Sample(dict(prompt=OURS, source_image=''), SIZES[1], None), 4, 1)
-    assert seen[:4] == seen[4:] and len(set(seen)) == 4
+    given = Sample(dict(prompt=OURS, source_image=''), SIZES[1], None)
+    V.drawn(Models(field), 'base', given, 20, 1.0)
+    assert seen[:20] == seen[20:] and len(set(seen)) == 20
 
 
 def test_an_adapter_is_on_the_network_that_both_use():
