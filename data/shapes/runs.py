@@ -2,7 +2,7 @@
 One run of data/shapes/papers.py: its settings, its training by train_opd.py or train_teacher.py,
 and the scores of its checkpoints. `r` is a Run, `c` the settings of papers.py.
 """
-import ast, csv, functools, json, os, platform, subprocess, sys
+import ast, csv, functools, json, os, platform, subprocess, sys, time
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,7 @@ def train_and_score(r, c, folder):
                    failed=failed, points=points)
     if sigmas := [e['sigma'] for e in log if 'sigma' in e]:
         numbers['sigma'] = sum(sigmas) / len(sigmas)
-    about = dict(commit=commit(), seconds=seconds(log), torch=torch.__version__,
+    about = dict(commit=commit(), seconds=seconds(folder), torch=torch.__version__,
                  machine=processor())
     lines = [f' {json.dumps(k)}: {json.dumps(v)}' for k, v in dict(numbers, about=about).items()]
     write_text(result_of(r, c), '{\n' + ',\n'.join(lines) + '\n}\n')
@@ -154,12 +154,14 @@ def train(script, words, last, folder):
     at = newest(folder)
     if at and int(at.name[5:]) == last:
         return
+    begun, t0 = int(at.name[5:]) if at else 0, time.process_time()
     part = -(-last // POINTS)                                  # the last point is the last step
     more = dict(max_steps=last, save_every=part, log_every=part, eval_every=last)
     more |= dict(init_from='resume') if at and (folder / 'start').is_dir() else {}
     script.main(words + [f'--{k}={v}' for k, v in more.items()])
     if int(newest(folder).name[5:]) < last:                    # it was asked to stop
         sys.exit(143)
+    write_text(folder / 'seconds', str((time.process_time() - t0) * last / (last - begun)))
 
 
 def scores(r, c, s, folder):
@@ -243,12 +245,11 @@ def read_log(folder):
     return [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
 
 
-def seconds(log):
-    """Of training; after a resume the log counts from 0."""
-    total, last = 0.0, 0.0
-    for at in (e['seconds'] for e in log if 'seconds' in e):
-        total, last = total + (at - last if at >= last else at), at
-    return round(total, 1)
+def seconds(folder):
+    """Of training, its processor's own: others may work beside it. None of one that failed. Of a
+    run that was resumed, as its last part was."""
+    spent = folder / 'seconds'
+    return round(float(spent.read_text()), 1) if spent.exists() else None
 
 
 def commit():
