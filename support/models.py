@@ -73,8 +73,9 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
     except (OSError, ValueError) as e:
-        raise BadInput(f'model {path} is not here and cannot be fetched: {one_line(e).rstrip(".")}. A gated '
-                       'one needs its licence accepted and `hf auth login`') from e
+        why = one_line(e).rstrip('.')
+        raise BadInput(f'model {path} is not here and cannot be fetched: {why}. A gated one needs '
+                       'its licence accepted and `hf auth login`') from e
     kind = find_family(families, index.get('_class_name', ''), family)     # before any weights
     pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
