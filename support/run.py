@@ -261,8 +261,12 @@ def locked(out):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            lock.seek(0)
-            who = lock.read(200) or 'another process'
+            who, patience = '', time.time() + 2                # until who has just begun says so
+            while not who and time.time() < patience:
+                time.sleep(0.02)
+                lock.seek(0)
+                who = lock.read(200)
+            who = who or 'another process'
             raise BadInput(f'{out} is being written by {who}; stop that run, or choose another '
                            '--out_dir') from e
         lock.truncate(0)
