@@ -90,6 +90,29 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
     again = json.loads(runs.result_of(r, study).read_text())
     assert {**again, 'about': 0} == {**told, 'about': 0}
 
+    runs.result_of(r, study).unlink()                          # a save that the log does not know,
+    log = runs.read_log(folder)                                # as a stop leaves it, is no point
+    (folder / 'log.jsonl').write_text(''.join(
+        json.dumps(e) + '\n' for e in log if e['step'] != 1))
+    runs.make(r, study)
+    again = json.loads(runs.result_of(r, study).read_text())
+    assert [p['step'] for p in again['points']] == [2]
+
+
+def test_averages_and_warm_ups_have_the_same_share_of_all_runs(study):
+    study.budget, left = runs.BUDGET, {}
+    for name in ('ours', 'ode', 'flow', 'batch8', 'imitation', 'no-ema', 'ours-whole'):
+        r = runs.Run(name, 0)
+        script, words, s, data = runs.checked(r, study)
+        n = runs.steps_of(questions.ARMS[name], script, s, data, study)
+        pace = [x.partition('=') for x in runs.paced(r, s, n, study)]
+        decay, warmup = (float(x) for _, _, x in pace)
+        left[name] = decay ** (n * s.updates)
+        assert abs(warmup / n - 20 / 250 / questions.ARMS[name].cost) < 0.005, name
+    assert left['ours'] == pytest.approx(0.98 ** 250, rel=1e-6) and left.pop('no-ema') == 0
+    assert left.pop('ours-whole') == pytest.approx(0.98 ** 500) == left.pop('flow')
+    assert all(x == pytest.approx(left['ours']) for x in left.values())
+
 
 def made_up(end, seed=0, cost=1000.0, lr=0.008, **more):
     """A run whose share of right pictures grows evenly to `end`."""

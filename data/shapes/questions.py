@@ -16,7 +16,8 @@ SCORED = {k: (f'{k}_val', v, 'score') for k, v in SKILLS.items()} | dict(
     unseen=('t2i_pairs', '', 'score'), open=('open_val', '', 'score'),
     blue=('taste_val', '', 'blue_share'))
 TAUGHT = (*SKILLS, 'unseen')            # of these every run is scored, if its arm says nothing else
-WORDS = 't2i', 'open', 'unseen', 'blue'                        # and of these, on the half-made base
+PLAIN_WORDS = 't2i', 'open', 'unseen'                          # and of these, on the half-made base
+WORDS = *PLAIN_WORDS, 'blue'
 TUNED = 4e-3, 8e-3, 16e-3               # rates that are tried where an arm wants its own
 LOW = 1e-3, 3e-3, 8e-3
 SEEDS = 3
@@ -56,17 +57,20 @@ def merged(count, local_edit, global_edit):
                routes_per_step='sample')
 
 
-def taught(names, only=SKILLS):
+def taught(only):
     return [dict(name=k, **({} if k == 'base' else dict(lora=f'data/shapes/teachers/{k}')))
             for k in dict.fromkeys(SKILLS[k] for k in only)]
 
 
 TEACHER = 'data/shapes/teachers/'
 EDITS = 'local_edit', 'global_edit'
+FROM_BASE = dict(init_from='base', lora_targets=LAYERS)        # the teachers' layers, as all have
+# of all four routes, also where not all are trained
+SAME_START = dict(init_from='{out}/ours/{seed}/start', needs=('ours/{seed}',))
 GROUPS = dict(group_size=4, **split(4, 4, 12, 12))
 SDE = dict(method='diffusionopd', eta=0.7, rates=TUNED)
 ODE = dict(method='diffusionopd', rates=TUNED)
-ON_EDITS = dict(routes_per_step='sample', routes=routes(only=EDITS), teachers=taught(EDITS, EDITS))
+ON_EDITS = dict(routes_per_step='sample', routes=routes(only=EDITS), teachers=taught(EDITS))
 OWN = [f'{{out}}/make-own/0/{k}.csv' for k in SKILLS]                 # the teachers' own pictures
 HALF = dict(model='{out}/make-half/0/base', resolution=24, needs=('make-half/0',), scored=WORDS)
 LOOK = dict(script='look', rank=64)
@@ -77,7 +81,7 @@ PAIR = [dict(teacher='clear_shapes', data='t2i', samples=17),
         dict(teacher='blue', data='open', samples=17)]
 RL = dict(script='train_teacher', config=GRPO, lora_targets=LAYERS, lr_schedule='cosine',
           eval_data=[], **HALF)
-BOTH = dict(RL, data=WORD_DATA, reward=[CLEAR, BLUE])
+BOTH = dict(RL, data=WORD_DATA, reward=[CLEAR, BLUE], rank=32, alpha=32.0)
 
 # what has to be there before some runs
 MAKES = {
@@ -93,10 +97,10 @@ ARMS = {
     'ode': arm(**ODE), 'sde': arm(**SDE), 'sde-code': arm(kl_var='code', **SDE),
     'flow-k1': arm(**policy('k1')), 'flow-group': arm(**policy('k1_group', **GROUPS)),
     'flow-paper': arm(**policy('paper', **GROUPS)), 'flow-code': arm(**policy('code')),
-    'base-ours': arm(init_from='base', rates=TUNED),
-    'base-ode': arm(init_from='base', **ODE), 'base-sde': arm(init_from='base', **SDE),
-    'base-flow-k1': arm(init_from='base', **policy('k1')),
-    'base-flow-code': arm(init_from='base', **policy('code')),
+    'base-ours': arm(rates=TUNED, **FROM_BASE),
+    'base-ode': arm(**FROM_BASE, **ODE), 'base-sde': arm(**FROM_BASE, **SDE),
+    'base-flow-k1': arm(**FROM_BASE, **policy('k1')),
+    'base-flow-code': arm(**FROM_BASE, **policy('code')),
     # starts
     'from-count': arm(init_from=TEACHER + 'count'),
     'from-local': arm(init_from=TEACHER + 'local_edit'),
@@ -107,7 +111,7 @@ ARMS = {
     'dance': arm(cost=2, rates=LOW, steps=16, query='low_noise', routes_per_step=1,
                  routes=routes(weights=EVEN), init_from=TEACHER + 'local_edit'),
     'diffusion': arm(cost=2, rates=TUNED, method='diffusionopd', steps=10, drop_last=1,
-                     init_from='base', **split(9, 9, 9, 9, weights=EVEN)),
+                     **FROM_BASE, **split(9, 9, 9, 9, weights=EVEN)),
     'flow': arm(cost=2, rates=LOW, method='flowopd', steps=10, drop_last=1, eta=0.7, reward='code',
                 kl_var='code', group_size=4, updates=2, anchor='base', anchor_beta=0.04,
                 adv_clip=5.0, **split(8, 8, 8, 8, weights=EVEN)),
@@ -124,12 +128,15 @@ ARMS = {
     # routing
     'one-route': arm(routes_per_step=1, routes=routes(), rates=LOW),
     'sampled': arm(routes_per_step='sample', routes=routes()),
-    'even': arm(**split(9, 9, 8, 8, weights=EVEN)),
+    'even': arm(**SAME_START, **split(9, 9, 8, 8, weights=EVEN)),
     'edits-hard': arm(**ON_EDITS), 'edits-soft': arm(mixing='soft', **ON_EDITS),
     # how many teachers
-    'only-count': arm(**split(17, 17, 0, 0)), 'only-local': arm(**split(7, 0, 27, 0)),
-    'only-global': arm(**split(7, 0, 0, 27)), 'count-local': arm(**split(4, 4, 26, 0)),
-    'count-global': arm(**split(4, 4, 0, 26)), 'local-global': arm(**split(2, 0, 16, 16)),
+    'only-count': arm(**SAME_START, **split(17, 17, 0, 0)),
+    'only-local': arm(**SAME_START, **split(7, 0, 27, 0)),
+    'only-global': arm(**SAME_START, **split(7, 0, 0, 27)),
+    'count-local': arm(**SAME_START, **split(4, 4, 26, 0)),
+    'count-global': arm(**SAME_START, **split(4, 4, 0, 26)),
+    'local-global': arm(**SAME_START, **split(2, 0, 16, 16)),
     # near the base
     'mar-01': arm(anchor='base', anchor_beta=0.01, scored=(*TAUGHT, 'open')),
     'mar-04': arm(anchor='base', anchor_beta=0.04, scored=(*TAUGHT, 'open')),
@@ -144,15 +151,15 @@ ARMS = {
     'absorbed': arm(teachers=[dict(name='guided', guidance=3.0)], data=WORD_DATA, rates=LOW,
                     routes=[dict(teacher='guided', data='t2i', samples=17),
                             dict(teacher='guided', data='open', samples=17)],
-                    init_from='base', lora_targets=LAYERS, **HALF),
+                    **FROM_BASE, **dict(HALF, scored=PLAIN_WORDS)),
     # numbers of 8 and 16 bits
     'bf16': arm(dtype='bfloat16'), 'float8': arm(base_storage='float8'),
     # distil, or reinforce
     'distilled': arm(teachers=[dict(name='clear_shapes', lora='{out}/make-clear/0'),
                                dict(name='blue', lora='{out}/make-blue/0')],
-                     data=WORD_DATA, routes=PAIR, **dict(
+                     data=WORD_DATA, routes=PAIR, rates=LOW, **dict(
                          HALF, needs=('make-half/0', 'make-clear/0', 'make-blue/0'))),
-    'rl': arm(max_steps=45, **BOTH), 'rl-whole': arm(max_steps=345, cost=8, **BOTH),
+    'rl': arm(max_steps=45, rates=LOW, **BOTH), 'rl-whole': arm(max_steps=345, cost=8, **BOTH),
     # not trained: teachers, means of them, and the half-made base
     'base': arm(init_from='base', **dict(LOOK, scored=(*TAUGHT, 'open'))),
     'teacher-count': arm(init_from=TEACHER + 'count', **LOOK),
@@ -162,7 +169,8 @@ ARMS = {
     'merge-count': merged(2.0, 1.0, 1.0), 'merge-local': merged(1.0, 2.0, 1.0),
     'merge-global': merged(1.0, 1.0, 2.0),
     'half-w1': arm(init_from='base', script='look', **HALF),
-    'half-w3': arm(init_from='base', script='look', rollout_guidance=3.0, **HALF)}
+    'half-w3': arm(init_from='base', script='look', rollout_guidance=3.0,
+                   **dict(HALF, scored=PLAIN_WORDS))}
 CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
                 global_edit='teacher-global')
 
@@ -233,7 +241,8 @@ QUESTIONS = {
         [('counts: alone above with the edits', 'only-count', 'ours', ('count',)),
          ('local edits: alone above with the others', 'only-local', 'ours', ('local_edit',)),
          ('global edits: alone above with the others', 'only-global', 'ours', ('global_edit',)),
-         ('distilled above merged', 'ours', 'merge-demo')]),
+         ('distilled above merged', 'ours', 'merge-demo')],
+        'All begin with the merge of all. At equal cost a teacher that is alone has more samples.'),
     'mar': question(
         'What does holding near the base keep, and cost?', 'Flow-OPD: at 0.04 it keeps the quality '
         'of pictures that no teacher looks after.',
@@ -264,4 +273,5 @@ QUESTIONS = {
         [('distilled above GRPO at equal forwards', 'distilled', 'rl', ('t2i', 'open', 'blue')),
          ("the same, the teachers' forwards counted", 'distilled', 'rl-whole',
           ('t2i', 'open', 'blue'))],
-        'On a base stopped after 300 steps: one teacher likes blue, one clear shapes.')}
+        'On a base stopped after 300 steps: one teacher likes blue, one clear shapes. rl-whole has '
+        "one rate, its config's.")}

@@ -22,7 +22,8 @@ noise: the mean of the seeds (each seed). {pictures}*mean* is over the question'
 the standard error that the pictures alone give one seed's mean. *gap* is the relative gap to the
 teachers' velocities. *cost* is in thousands of forwards, those with gradient counted three times,
 with guidance double, as the code counted them. An arm is the demonstration with the settings that
-its name says (`data/shapes/questions.py`); untrained ones cost nothing.
+its name says (`data/shapes/questions.py`); untrained ones cost nothing. Averages and warm-ups are
+counted in steps, of which arms have more or fewer: each has them over the same share of its run.
 
 **yes** and **no** ask that every seed agrees in sign and that the difference of the means is above
 the range of the seeds of either; else it is **undecided**. Where an arm was run with several rates,
@@ -212,7 +213,8 @@ def times(found):
     for name in QUESTIONS['quality'].arms:
         some = [x for x in runs_of(name, found) if x['points']]
         costs = [held_at(x['points'], most) for x in some]
-        minutes = [a / x['cost'] * x['about']['seconds'] / 60 for a, x in zip(costs, some)]
+        minutes = [a / x['cost'] * x['about']['seconds'] / 60 for a, x in zip(costs, some)
+                   if x['about']['seconds']]
         lines.append([name, listed(costs, 1e3, 'thousand'), listed(minutes, 1, 'minutes')])
     return table(['', f'cost at which {SHARE:.0%} of every teacher are held, by seed',
                   'on one thread'], lines)

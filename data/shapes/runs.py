@@ -25,6 +25,7 @@ from train_opd import FAMILIES, Models, plan
 
 POINTS = 5                              # of a run: checkpoints that are scored
 BUDGET = 46750                          # forwards of a run: half of the demonstration's
+UPDATES = 250                           # that the demonstration's recipe makes of it
 ALONE = SimpleNamespace(rank=0, size=1)
 Run = namedtuple('Run', 'name seed')    # the name of an arm, with @rate if it has several
 
@@ -79,7 +80,7 @@ def checked(r, c):
     own = dict(filled(arm.settings, r, c), seed=r.seed, out_dir=str(folder_of(r, c)))
     words = [own.pop('config')] if 'config' in own else []
     own |= dict(lr=float(rate)) if rate not in ('', '?') else {}
-    own |= dict(score='', eval_samples=4, show=1, ckpt_keep=POINTS + 1)
+    own |= dict(score='', eval_samples=4, show=1, ckpt_keep=100)
     words += [f'--{k}={v!r}' for k, v in own.items()]
     s = checks.own_settings(script.SETTINGS, words)
     data = script.check(s) if script is train_teacher else \
@@ -130,7 +131,7 @@ def train_and_score(r, c, folder):
     try:
         if arm_of(r).script != 'look':
             steps = steps_of(arm_of(r), script, s, data, c)
-            train(script, words, steps, folder)
+            train(script, [*words, *paced(r, s, steps, c)], steps, folder)
     except BadInput as e:
         # that is a result; all else is not
         need('finite gradient' in str(e) and r.name not in MAKES, str(e))
@@ -150,6 +151,16 @@ def train_and_score(r, c, folder):
     write_text(result_of(r, c), '{\n' + ',\n'.join(lines) + '\n}\n')
 
 
+def paced(r, s, steps, c):
+    """The average, which counts updates, and the warm-up, which counts steps, have the same share
+    of every run: at equal cost some have a fifth of the steps of others."""
+    if r.name in MAKES:
+        return []
+    whole = UPDATES * arm_of(r).cost * c.budget / BUDGET
+    ema, warmup = s.ema_decay ** (whole / steps / s.updates), round(s.warmup * steps / whole)
+    return [f'--ema_decay={ema}', f'--warmup={max(1, warmup)}']
+
+
 def train(script, words, last, folder):
     at = newest(folder)
     if at and int(at.name[5:]) == last:
@@ -161,7 +172,8 @@ def train(script, words, last, folder):
     script.main(words + [f'--{k}={v}' for k, v in more.items()])
     if int(newest(folder).name[5:]) < last:                    # it was asked to stop
         sys.exit(143)
-    write_text(folder / 'seconds', str((time.process_time() - t0) * last / (last - begun)))
+    if not begun:                                              # of a resumed one it is not known
+        write_text(folder / 'seconds', str(time.process_time() - t0))
 
 
 def scores(r, c, s, folder):
@@ -180,7 +192,8 @@ def scores(r, c, s, folder):
     e = checks.own_settings(train_opd.SETTINGS, [f'--{k}={v!r}' for k, v in kept.items()])
     data = checks.check(e, train_opd.SETTINGS[0], FAMILIES, train_opd.CHOICES)
     held = {k: rows_of(SCORED[k][0])[:c.rows] for k in arm.scored}
-    saved = [p for p in checkpoints(folder) if p.name != 'step_000000']
+    at = {x['step'] for x in read_log(folder) if 'cost' in x}  # what a stop has saved is no point
+    saved = [p for p in checkpoints(folder) if int(p.name[5:]) in at]
     models = Models.open(FAMILIES, e, torch.device('cpu'), data, held, e.teachers,
                          saved[-1] if saved else None)
     found = [scored(p, models, e, held, folder) for p in saved or [None]]
@@ -246,8 +259,7 @@ def read_log(folder):
 
 
 def seconds(folder):
-    """Of training, its processor's own: others may work beside it. None of one that failed. Of a
-    run that was resumed, as its last part was."""
+    """Of training, its processor's own: others may work beside it. None where it is not known."""
     spent = folder / 'seconds'
     return round(float(spent.read_text()), 1) if spent.exists() else None
 
