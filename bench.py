@@ -51,11 +51,11 @@ def measure(c):
         field.velocity = partial(timed, field.velocity)
     for step in range(c.first_steps + c.timed_steps):
         if step == c.first_steps:
+            gpu and torch.cuda.reset_peak_memory_stats()       # words were encoded before
             start, inside[:], models.spent = now(), [], 0
         for terms in T.METHODS[c.method].updates(T.plan(step, c, data.buckets, world), models, c):
             for term in terms:
-                share = torch.tensor([s.share for s in term.batch], device=world.device)
-                timed((share * term.loss).sum().backward)
+                timed(sum(s.share * x for s, x in zip(term.batch, term.loss)).backward)
             models.student.update(learning_rate(step, c), c, world)
     seconds, n = now() - start, c.timed_steps * c.batch_size
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(0).ru_maxrss * 1024

@@ -56,7 +56,7 @@ score = ''                          # file.py:function(images, rows): its mean f
 verify = False                      # draw nothing, but compare with diffusers' own pipeline
 out_dir = 'out/samples'
 dtype = 'auto'                      # auto = bfloat16 on a GPU, float32 on a CPU
-base_storage = ''                   # 'float8' keeps the base in 8 bits
+base_storage: str | None = None     # 'float8' keeps the base in 8 bits, '' does not
 device = ''                         # '' takes a GPU if there is one
 SETTINGS = collect(sys.modules[__name__])
 SHEET = 32                          # prompts that grid.png shows
@@ -75,10 +75,10 @@ def fill(c, run):
     c.resolution = pixels(run.get('resolution') or known or 1024)
     c.steps = c.steps or (4 if c.verify else run.get('sample_steps', 28))
     c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 256)
-    if c.guidance is None:                                     # train_opd.py's, train_teacher.py's
-        c.guidance = run.get('rollout_guidance', run.get('guidance', 1.0))
-    if c.distilled_guidance is None:
-        c.distilled_guidance = run.get('distilled_guidance', 3.5)
+    told = dict(guidance=run.get('rollout_guidance', run.get('guidance', 1.0)),  # of either trainer
+                distilled_guidance=run.get('distilled_guidance', 3.5),
+                base_storage=run.get('base_storage', '') * same)
+    vars(c).update((k, x) for k, x in told.items() if getattr(c, k) is None)
     return found
 
 
@@ -87,7 +87,7 @@ def check(c):
     for k in ('num', 'batch_size', 'steps', 'height', 'width', 'max_sequence_length'):
         least = int(k in ('num', 'batch_size'))
         need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
-    check_choices(c, dict(base_storage=('', 'float8'), dtype=(*CHOICES['dtype'], 'float16')))
+    check_choices(c, dict(base_storage=(None, '', 'float8'), dtype=(*CHOICES['dtype'], 'float16')))
     if c.score:
         files.load_function(c.score)
     path, run = locate(c)

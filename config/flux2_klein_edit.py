@@ -2,9 +2,9 @@
 # edits both ways and needs no guidance. DanceOPD's recipe; on this model nobody has published one.
 # Teachers are your own, config/teacher_flux2_klein_edit_sft.py makes each. The 9B is the same with
 # --model=black-forest-labs/FLUX.2-klein-base-9B, there as here (another licence: not commercial).
-# Memory: about 15 GB at 1024 pixels and 17 GB while words are encoded (computed, not measured: base
-# in bf16 7.8 GB, Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations 4 GB for
-# 8704 tokens: the picture's, its source's and 512 of text). The 9B: 28 GB and 37 GB.
+# Memory: about 15 GB at 1024 pixels, 9 GB while words are encoded (computed, not measured: base in
+# bf16 7.8 GB or Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations 4 GB for
+# 8704 tokens: the picture's, its source's and 512 of text). The 9B: 28 GB and 17 GB.
 import os
 _make = 'python train_teacher.py config/teacher_flux2_klein_edit_sft.py'
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0

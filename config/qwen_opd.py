@@ -1,8 +1,8 @@
 # Qwen-Image: guidance as a teacher, DanceOPD's operator field. The base with guidance 4.0, rescaled
 # as its pipeline does it, is distilled into a student without any: half the forwards a picture. A
 # LoRA of this model is one more teacher and one more route. Nobody has published it on this model.
-# Memory: about 48 GB at 1024 pixels and 59 GB while words are encoded (computed, not measured: base
-# in bf16 41 GB, Qwen2.5-VL 16.6 GB, adapter of rank 64 with its optimizer 2.6 GB, the rest
+# Memory: about 48 GB at 1024 pixels, 18 GB while words are encoded (computed, not measured: base in
+# bf16 41 GB or Qwen2.5-VL 16.6 GB, adapter of rank 64 with its optimizer 2.6 GB, the rest
 # activations and VAE).
 model = 'Qwen/Qwen-Image'                         # Apache 2.0
 family = 'QwenImagePipeline'

@@ -1,9 +1,9 @@
 # An edit teacher for flux2_klein_edit.py and flux2_klein_24gb.py: imitation of edit pairs, with the
 # source as FLUX.2's reference picture. As here local edits; with config/teacher_global_edit.py
 # after it global ones.
-# Memory: about 18 GB at 1024 pixels with two samples a forward, 13 GB at 512, and 17 GB while words
-# are encoded (computed, not measured: base in bf16 7.8 GB, Qwen3 8 GB, adapter of rank 64 with its
-# optimizer 1.9 GB, the rest activations and VAE).
+# Memory: about 18 GB at 1024 pixels with two samples a forward, 13 GB at 512, and 9 GB while words
+# are encoded (computed, not measured: base in bf16 7.8 GB or Qwen3 8 GB, adapter of rank 64 with
+# its optimizer 1.9 GB, the rest activations and VAE).
 import os
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
 family = 'Flux2KleinPipeline'

@@ -90,11 +90,16 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         odd = [k for k in m.settings if k not in defaults]
         need(type(m.settings) is tuple and not odd, f'METHODS: {name!r} declares settings that '
              f'there are not: {odd or m.settings!r}')
+    for name, r in choices.get('reward', {}).items():
+        need(not r.attached or r.of_action.__name__ == 'minus_kl' and not r.group,
+             f'REWARDS: {name!r} is attached, which is minus the KL with its own gradient and no '
+             'group: of_action is minus_kl, and group is False')
     for k in sorted({k for m in methods.values() for k in m.settings}):
         need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '
              f'{c.method!r} does not read it; leave it at {defaults[k]!r}')
     world = int(os.environ.get('WORLD_SIZE', 1))
-    unit = c.group_size * (c.updates if dealt else 1) * world
+    updates = c.updates if dealt else 1
+    unit = c.group_size * updates * world
     layers = c.lora_targets
     require([
         (not c.wandb_log or find_spec('wandb'), 'wandb_log needs a package more: pip install '
@@ -106,12 +111,14 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         (c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}'),
         (len(c.betas) == 2 and all(type(x) in (int, float) and 0 <= x < 1 for x in c.betas),
          f'betas: two numbers from 0 to below 1, not {c.betas}'),
+        (c.eta or c.sde == defaults['sde'], f'sde = {c.sde!r} is about noise: give it an eta above '
+         'the 0 of the ODE'),
         (c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
          "sigma' sin(eta pi / 2)"),
         (c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of '
          f'{c.steps} step(s)'),
         (c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} '
-         f'processes x {c.updates} updates x groups of {c.group_size}; the nearest that does is '
+         f'processes x {updates} updates x groups of {c.group_size}; the nearest that does is '
          f'{max(unit, round(c.batch_size / unit) * unit)}')])
     place(c.out_dir)
     if c.score:

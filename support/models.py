@@ -158,8 +158,10 @@ def check_whole(net, what, part=''):
 
 
 def store_small(net):
-    """The frozen weights in 8 bits; each layer computes in the dtype that it was loaded in."""
-    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=net.dtype)
+    """The frozen weights in 8 bits; each layer computes in the dtype that it was loaded in. Not of
+    convolutions: their backward reads the weight, which by then is in 8 bits again."""
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=net.dtype,
+                                 skip_modules_classes=(torch.nn.Conv2d,))
 
 
 # -------------------- prompts
@@ -264,7 +266,7 @@ class Network:
     prompts' embeddings."""
 
     def __init__(self, field, teachers=(), cache_gb=4.0, mixing='hard', offload=False, small=False):
-        self.field, self.mixing, self.offload = field, mixing, offload
+        self.field, self.mixing, self.offload, self.small = field, mixing, offload, small
         self.teachers, self.schedules = {t['name']: t for t in teachers}, {}
         self.adapters, self.full, self.gigabytes = {'student'}, {}, {}
         for name, t in self.teachers.items():
@@ -376,6 +378,9 @@ class Network:
                                'needs')
         base = sum(p.nbytes for n, p in self.field.net.named_parameters() if '.lora_' not in n)
         yield 'base', f'{base / 1e9:.4f} GB'
+        if self.small and not getattr(self.field.net, 'is_gradient_checkpointing', False):
+            yield 'WARNING', ('without grad_checkpointing a forward with gradient keeps its layers '
+                              'in 16 bits as well')
         for name, gb in self.gigabytes.items():
             yield f'teacher {name}', f'{gb:.4f} GB'
         if lost:

@@ -112,6 +112,13 @@ def test_sigmas_are_the_pipelines(name):
         assert (S[1:] < S[:-1]).all() and S[-1] == 0
 
 
+@pytest.mark.parametrize('name', NATIVE)
+def test_a_fine_schedule_as_imitation_draws_from_has_noise_in_it(name):
+    for size in SIZES:
+        S = shared(name).sigmas(1000, *size)
+        assert len(S) == 1001 and (S[1:] <= S[:-1]).all() and 0.4 < S.median() < 0.99
+
+
 # -------------------- 3. pictures, prompts, batches
 @torch.no_grad()
 @pytest.mark.parametrize('name', NATIVE)

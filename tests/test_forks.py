@@ -36,6 +36,13 @@ def test_half_a_method_is_refused(entry, more, message, monkeypatch, capsys):
         T.main([*FEW, '--method=own', *more])
 
 
+@pytest.mark.parametrize('of_action, group', [(T.log_ratio, False), (T.minus_kl, True)])
+def test_an_attached_reward_is_minus_kl_or_refused(of_action, group, monkeypatch):
+    monkeypatch.setitem(T.REWARDS, 'own', T.Reward(of_action, group, True))
+    with pytest.raises(BadInput, match="REWARDS: 'own' is attached"):
+        T.main([*FEW, '--method=flowopd', '--eta=0.7', '--group_size=2', '--reward=own'])
+
+
 @pytest.mark.parametrize('rule, message', [
     (lambda r, even: -1.0, "query = 'own' has no 1 distinct steps"),
     (lambda r, even: 0.0, "query = 'own' has no 2 distinct steps")], ids=['below 0', 'one only'])

@@ -82,6 +82,7 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     "kl_var = 'code' is about an SDE's variance": set_to(method='diffusionopd', kl_var='code'),
     "sde = 'cps' ends without noise": set_to(**FLOW, sde='cps'),
     "eta = 2.0: at most 1 with sde = 'cps'": set_to(sde='cps', eta=2.0),
+    "sde = 'dance' is about noise: give it an eta": set_to(sde='dance'),
     "dtype: 'float16' is not one of": set_to(dtype='float16'),
     'queries = 5 distinct states cannot be had from 3 steps': set_to(queries=5),
     'drop_last = 3 leaves nothing of a rollout of 3': set_to(method='diffusionopd', drop_last=3),

@@ -108,6 +108,25 @@ def test_a_base_in_8_bits_rounds_its_weights_and_nothing_else():
     assert 1e-3 < off < 0.1
 
 
+@pytest.mark.parametrize('name', ['sd15', 'sd3', 'klein'])
+def test_through_a_base_in_8_bits_goes_the_gradient_of_its_rounded_weights(name):
+    """A convolution's backward reads the weight itself, which is in 8 bits again by then."""
+    found = []
+    for small_ in (True, False):
+        field = build(name)
+        if small_:
+            M.store_small(field.net)
+            low = {n for n, p in field.net.named_parameters() if p.dtype == torch.float8_e4m3fn}
+        for n, p in field.net.named_parameters():
+            if not small_ and n in low:
+                p.data = p.data.to(torch.float8_e4m3fn).to(p.dtype)
+        z = noise(field, 2, SIZES[0]).requires_grad_()
+        v = field.velocity(z, torch.tensor([0.8, 0.3]), conditions(field, WORDS[:2])[0])
+        v.square().sum().backward()
+        found += [v.detach(), z.grad]
+    assert low and torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
 def test_adapters_on_a_base_in_8_bits_are_exact():
     field = small(base_storage='float8')
     teachers = [dict(name=k, lora=f'data/shapes/teachers/{k}') for k in ('count', 'local_edit')]
@@ -130,8 +149,9 @@ def test_adapters_on_a_base_in_8_bits_are_exact():
     assert torch.equal(v['base'], v['student']) and not torch.equal(v['base'], v['count'])
 
 
-def test_a_run_on_a_base_in_8_bits_resumes_exactly_and_is_sampled_from(tmp_path):
-    argv = [*FEW, '--base_storage=float8', '--dtype=bfloat16']
+def test_a_run_on_a_base_in_8_bits_resumes_exactly_and_is_sampled_from(tmp_path, monkeypatch):
+    argv, lows, own = [*FEW, '--base_storage=float8', '--dtype=bfloat16'], [], sample.open_field
+    monkeypatch.setattr(sample, 'open_field', lambda *a: lows.append(a[-1]) or own(*a))
     T.main([*argv, f'--out_dir={tmp_path}/run'])
     shutil.copytree(tmp_path / 'run', tmp_path / 'half', symlinks=True)
     shutil.rmtree(tmp_path / 'half' / 'step_000002')
@@ -140,8 +160,11 @@ def test_a_run_on_a_base_in_8_bits_resumes_exactly_and_is_sampled_from(tmp_path)
               for k in ('run', 'half')]
     assert losses[0] == losses[1] and len(list(filter(None, losses[0]))) == 2
     sample.main([f'--ckpt={tmp_path}/run', '--prompt=a red circle', '--num=1', '--steps=2',
-                 '--base_storage=float8', '--dtype=bfloat16', f'--out_dir={tmp_path}/samples'])
-    assert (tmp_path / 'samples' / '0000_0.png').exists()
+                 '--dtype=bfloat16', f'--out_dir={tmp_path}/samples'])
+    assert (tmp_path / 'samples' / '0000_0.png').exists() and lows == ['float8']
+    sample.main([f'--ckpt={tmp_path}/run', '--prompt=a red circle', '--num=1', '--steps=2',
+                 "--base_storage=''", f'--out_dir={tmp_path}/samples'])
+    assert lows[1:] == ['']
 
 
 # -------------------- sizes

@@ -237,6 +237,14 @@ def test_a_score_later_is_asked_of_the_rows_that_the_run_scores(tmp_path, capsys
     assert f'score of t2i: {mean:.4f}, of 6 pictures' in capsys.readouterr().out
 
 
+def test_a_teachers_score_later_is_of_the_rows_that_it_evaluates(world, tmp_path, capsys):
+    (tmp_path / 'one.py').write_text('def f(images, rows):\n    return [1.0 for r in rows]')
+    run = world.teach(tmp_path / 'run', method='sft', data=[str(world.at / 'edits.csv')],
+                      max_steps=1, eval_samples=5, show=2)
+    shoot(tmp_path, f'--ckpt={run}', f'--score={tmp_path}/one.py:f', '--num=1', '--steps=1')
+    assert 'score of edits: 1.0000, of 5 pictures' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('body, says', [
     ('1 / 0', 'ZeroDivisionError'), ('[1.0]', 'gave 1 values for 2 pictures'),
     ('[float("nan")] * 2', 'no finite number')])
