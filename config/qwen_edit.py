@@ -9,7 +9,7 @@ import os
 model = 'Qwen/Qwen-Image-Edit-2509'               # Apache 2.0
 family = 'QwenImageEditPlusPipeline'
 resolution = 1024                                 # its pipeline edits near a megapixel
-max_sequence_length = 1024                        # a source's tokens come on top
+# words are not cut: as by its pipeline, max_sequence_length is not read
 teachers = [dict(name='base', guidance=4.0)]      # the pipeline's own true_cfg_scale
 routes = [dict(teacher='base', data=_k) for _k in ('local_edit', 'global_edit')]
 routes_per_step = 1                               # published, with equal weights
