@@ -442,6 +442,9 @@ class Student:
             coarse = p.dtype.itemsize == 1 and '.lora_A.' in n
             p.data = torch.randn(p.shape, device=p.device) / c.rank if coarse else p.data.float()
         self.begin(net, start or {}, c.rank)
+        if dist.is_initialized():                              # an SVD's signs are a machine's own
+            for p in self.params.values():
+                dist.broadcast(p.data, 0)
         self.start, self.ema = self.tensors(), self.tensors() if c.ema_decay else None
         self.updates = self.skipped = self.idle = 0            # made; not finite; without gradient
         self.recent = deque(maxlen=20)                         # which of the last were not finite
