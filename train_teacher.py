@@ -7,7 +7,7 @@ Makes a LoRA teacher, by imitation or by reward: the first half of the recipe (t
     python train_teacher.py CONFIG --init_from=resume          continues the run
 
     method = 'sft'    flow matching on pictures or edit pairs (DanceOPD's edit teachers)
-    method = 'grpo'   DanceGRPO (2505.07818) and, by two settings, Flow-GRPO (2505.05470)
+    method = 'grpo'   DanceGRPO (2505.07818), Flow-GRPO (2505.05470): config/teacher_*grpo.py
     method = 'sdpo'   Stepwise Diffusion Policy Optimization (2411.11727), for models of few steps
 
 The run folder is a teacher for train_opd.py (teachers = [dict(name=..., lora='out/...')]) and a
@@ -64,7 +64,7 @@ kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04); at 0 it i
 kl_var = 'true'                     # 'code' leaves out the step's length, as Flow-GRPO's release
 gamma = 0.99                        # sdpo: discount of later rewards, and weight of later steps
 buffer = 32                         # sdpo: returns kept for a prompt and step; used from 16 on
-# rewards: reward is a name of rewards.py, a URL, or file.py:function; normalised, then added
+# rewards: reward is a name of support/rewards.py, a URL, or file.py:function; normalised, then added
 reward: list = [dict(reward='shapes_smooth', weight=1.0)]
 watch_reward = ''                   # one more, only logged: does it fall while the others rise?
 # optimiser and output

@@ -1,10 +1,11 @@
 # An evening on one card of 24 GB: flux2_klein_edit.py at 512 pixels, with short rollouts. The same
 # two teachers, which the same card makes with --resolution=512:
 #     python train_teacher.py config/teacher_flux2_klein_edit_sft.py --resolution=512
+# (with config/teacher_global_edit.py before the --resolution for the second).
 # Memory: about 12 GB, 9 GB while words are encoded (computed, not measured: base in bf16 7.8 GB or
 # Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations of 2560 tokens 1.5 GB).
 # Time: 500 steps of 8 samples are 42,000 forwards of 22 TFLOP, teachers included and a backward as
-# three: 3.2 hours at 80 TFLOP/s (computed).
+# three: 3.5 hours at 80 TFLOP/s, with checkpointing's forwards again (computed).
 import os
 _make = 'python train_teacher.py config/teacher_flux2_klein_edit_sft.py --resolution=512'
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0

@@ -1,5 +1,5 @@
 # The demonstration, spelled out: four skills of the shapes world into one student, on a CPU in
-# about ten minutes. These are train_opd.py's own settings: this file names what one would change
+# about eight minutes. These are train_opd.py's own settings: this file names what one would change
 # first.
 model = 'data/shapes/base'
 resolution = 24

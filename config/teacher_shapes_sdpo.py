@@ -1,6 +1,6 @@
 # SDPO (2411.11727) on a CPU: a few-step model learns to draw what it is asked for in four steps.
-# The shipped base can do that; one that was stopped early cannot: --model=out/half/base, see the
-# README.
+# The shipped base can do that; one that was stopped early cannot: --model=out/half/base, which
+# docs/shapes.md makes.
 model = 'data/shapes/base'
 family = 'StableDiffusion3Pipeline'
 resolution = 24

@@ -2,8 +2,8 @@
 # still needs eight steps: the rollout has these eight, so it is taught exactly at the noise levels
 # where it will be used, by teachers that were trained in eight steps themselves. Nothing loosens
 # the distillation. (A LoRA that was learned by imitation on Turbo forgets its eight steps, unless
-# ostris/zimage_turbo_training_adapter was added meanwhile: merge_lora.py --into_base.) All is
-# ours.
+# it was trained on a copy with ostris/zimage_turbo_training_adapter in its transformer/, the folder
+# that merge_lora.py --into_base makes.) All is ours.
 # Memory, computed, not measured: 30 GB at 1024 pixels (base in bf16 12 GB, adapters of rank 64 and
 # the optimizer 3 GB, the rest activations).
 _make = 'python train_teacher.py config/teacher_zimage_turbo_sdpo.py'
