@@ -251,6 +251,7 @@ def main(argv):
     shares = shares or [1 / len(paths)] * len(paths)
     need(len(shares) == len(paths) and all(1e-6 <= abs(w) <= 1e6 for w in shares), f'{len(paths)} '
          f'adapters, so as many finite weights of a size from 1e-6 to 1e6, not {c.weights}')
+    need(not c.model or not c.into_base, 'give --model or --into_base, not both')
     _check_new(c.out)
     base = c.into_base or c.model
     read = [read_adapter(p) for p in paths]

@@ -410,7 +410,7 @@ def main(argv):
     if world.rank == 0:
         print(f'{c.method} on {c.model}, {c.batch_size} samples a step in groups of {c.group_size}')
         for k, b in data.buckets.items():
-            print(f'bucket {k:20s} {len(b)} rows, {len(data.held[k])} to evaluate on')
+            print(f'bucket {k:20s} {data.told(k)}')
     if c.dry_run:
         return checks.tell_dry_run(c, world)
     c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance

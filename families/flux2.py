@@ -28,7 +28,7 @@ class Flux2(Field):
     def sigmas(self, n, height, width):
         scheduler = copy.deepcopy(self.pipe.scheduler)
         tokens = height * width // self.unit(self.configs) ** 2
-        mu = compute_empirical_mu(tokens, min(n, 200))         # known to there; then it falls below 0
+        mu = compute_empirical_mu(tokens, min(n, 200))         # beyond, its line falls below 0
         scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / n, n).tolist(), mu=mu)
         return scheduler.sigmas.float().cpu()
 

@@ -3,10 +3,9 @@ Qwen-Image-Edit and Qwen-Image-Edit-Plus (2509, 2511), with one source picture.
 """
 import sys
 
-from PIL import Image, ImageOps
-
 from configurator import need
 from families.qwen import Qwen
+from support.files import open_image
 
 
 class QwenEdit(Qwen):
@@ -21,8 +20,7 @@ class QwenEdit(Qwen):
              'every row a source_image, or take QwenImagePipeline for rows without one')
         module = sys.modules[type(self.pipe).__module__]
         area = getattr(module, 'CONDITION_IMAGE_SIZE', 1024 ** 2)
-        with Image.open(source) as im:
-            im = ImageOps.exif_transpose(im).convert('RGB')
+        im = open_image(source)
         width, height, *_ = module.calculate_dimensions(area, im.width / im.height)
         seen = self.pipe.image_processor.resize(im, height, width)
         e, _ = self.pipe.encode_prompt([prompt or ' '], seen, self.device)

@@ -35,6 +35,8 @@ class UNet(Field):
 
     def __init__(self, pipe, *a, **k):
         super().__init__(pipe, *a, **k)
+        edm = 'EDM' in type(pipe.scheduler).__name__ or pipe.vae.config.get('latents_mean')
+        need(not edm, 'UNets of EDM, whose latents and times are others, are not known here')
         if type(pipe.scheduler).__name__ not in self.euler:    # PNDM and others: no Euler steps
             from diffusers import DDIMScheduler
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

@@ -295,6 +295,7 @@ def tell_dry_run(c, world):
         for t in getattr(c, 'teachers', ()))]
     unseen = [f'{what} {path}' for what, path in named if path and is_hub_id(path)]
     asked = [r['reward'] for r in c.reward] if isinstance(c.reward, list) else []
+    asked += [c.watch_reward] if getattr(c, 'watch_reward', '') else []
     unseen += [f'reward {name}' for name in asked if name.partition('@')[0] in MODELS]
     if world.rank == 0:
         print('dry run: settings and data are fine' + bool(unseen) *
@@ -381,7 +382,7 @@ def print_plan(c, data, world, plan, methods, Models):
             ('forwards a step', f'{forwards:.0f}, {forwards / size:.1f} a sample, teachers '
              'included; with gradient they count three, with guidance double'),
             ('updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts')]
-    rows += [(f'route {r["data"]}', f'teacher {r["teacher"]}, {len(data.buckets[r["data"]])} rows, '
+    rows += [(f'route {r["data"]}', f'teacher {r["teacher"]}, {data.told(r["data"])}, '
               f'weight {r.get("weight", 1)}, {"%d x %d" % r["size"]} pixels') for r in c.routes]
     for name, text in rows:
         print(f'{name:22s} {text}')

@@ -1,7 +1,7 @@
 """
 How a script ends when something goes wrong: in a sentence where a person can mend it, once.
 """
-import os, pathlib, sys, traceback
+import atexit, os, pathlib, sys, traceback
 
 from configurator import BadInput
 
@@ -17,6 +17,10 @@ def end(e):
     if alone or first():
         print(f'{pathlib.Path(sys.argv[0]).name}: {said}', file=sys.stderr, flush=True)
     if not alone:
+        sys.stdout.flush()
+        os._exit(code)
+    if isinstance(e, KeyboardInterrupt):  # threads that wait for a reward are not waited for
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

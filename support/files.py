@@ -224,6 +224,11 @@ class Data:
     def __init__(self, buckets, held):
         self.buckets, self.held = buckets, held
 
+    def told(self, label):
+        """How many rows a bucket has, and whether it is evaluated on others."""
+        own, held = self.buckets[label], self.held[label]
+        return f'{len(own)} rows' + ', evaluated on the same' * (held is own)
+
     def drawn(self, seed, most):
         """Rows to evaluate on: always the same."""
         return {k: rng(seed, 'eval', k).sample(b, min(len(b), most))
@@ -519,7 +524,7 @@ def draw_pairs(buckets, folder):
     """data_<bucket>.png: a few edit pairs, to be looked at before the first step."""
     for name, bucket in buckets.items():
         if bucket.sources:
-            rows = [*itertools.islice(bucket, 8)]
+            rows = [*itertools.islice((r for r in bucket if r['source_image']), 8)]
             size = picture_size(rows[0]['source_image'])[::-1]
             pairs = [shown(rows, k, size) for k in ('source_image', 'target_image')]
             grid([*zip(*pairs)], folder / f'data_{name}.png', [r['prompt'] for r in rows],

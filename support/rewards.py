@@ -218,7 +218,10 @@ def remote(url, timeout=60, tries=3, wait=1.0):
             try:
                 return numbers_of(post(url, body, timeout), len(rows))
             except urllib.request.HTTPError as e:
-                said = within(timeout, lambda: e.read(200)).decode(errors='replace')
+                try:
+                    said = within(timeout, lambda: e.read(200)).decode(errors='replace')
+                except (OSError, http.client.HTTPException):
+                    said = ''
                 moved = f'; it sends you to {e.headers["Location"]}' if 300 <= e.code < 400 else ''
                 why = f'it answered {e.code} {e.reason}: {said}{moved}'
             except (OSError, http.client.HTTPException) as e:

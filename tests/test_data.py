@@ -168,6 +168,16 @@ def test_other_kinds_are_refused_by_what_they_are(kind, tmp_path):
             read(tmp_path / 'a.png')
 
 
+def test_pairs_are_drawn_of_a_bucket_that_begins_with_words(world, tmp_path):
+    rows = [dict(prompt='a red circle', source_image='', target_image=''),
+            *read_data([world.at / 'edits.csv'])[0]['edits']]
+    (tmp_path / 'x').mkdir()
+    bucket = type('Mixed', (list,), dict(sources=len(rows) - 1))(rows)
+    files.draw_pairs({'mixed': bucket}, tmp_path / 'x')
+    with Image.open(tmp_path / 'x' / 'data_mixed.png') as im:
+        assert im.height > 100
+
+
 def test_a_bomb_is_not_decoded(tmp_path):
     noise((10, 10), 'L').save(tmp_path / 'a.bmp')
     small = (tmp_path / 'a.bmp').read_bytes()

@@ -278,6 +278,7 @@ def test_script_renames_with_a_model_and_refuses_without(tmp_path):
     (['--adapters={a}', '--out={a}'], 'not an empty folder'),
     (['--adapters={a}', '--out={a}/adapter_config.json/x'], 'could not be written'),
     (['--adapters={a}', '--rank=-1', '--out=x'], 'negative'),
+    (['--adapters={a}', '--out=x', '--model=m', '--into_base=b'], 'not both'),
     (['--adapter={a}', '--out=x'], 'did you mean adapters')])
 def test_script_refuses(argv, words, tmp_path):
     merge_lora.write_adapter(tmp_path / 'a', {'x': (A, B)})

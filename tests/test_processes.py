@@ -14,6 +14,14 @@ for name, argv in json.loads(sys.argv[1]):
 '''
 
 
+def test_who_is_interrupted_does_not_wait_for_rewards():
+    code = 'import time; from concurrent.futures import ThreadPoolExecutor as P; p = P(1)\n' \
+        '[p.submit(time.sleep, 20) for _ in range(3)]\n' \
+        'from support.ending import end; end(KeyboardInterrupt("asked to stop"))'
+    began, p = time.time(), python('-c', code)
+    assert p.returncode == 130 and 'asked to stop' in p.stderr and time.time() - began < 15
+
+
 def launched(tmp_path, jobs):
     """Runs one after the other, in two processes that torchrun starts."""
     (tmp_path / 'both.py').write_text(BOTH)

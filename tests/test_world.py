@@ -1,4 +1,6 @@
 """The world of shapes: its scorer, its rewards, its words, its shipped models."""
+import ast
+
 from conftest import *
 
 
@@ -168,6 +170,26 @@ def test_the_world_is_made_in_small(tmp_path):
     assert set(quality) > {'t2i', 'open', 't2i_pairs'}
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / 'base')
     assert pipe.transformer.config.num_layers == 4
+
+
+def test_a_teacher_that_was_stopped_or_is_anothers_is_not_installed(tmp_path, monkeypatch):
+    make = from_file('data/shapes/prepare.py:make_teachers')
+    c = SimpleNamespace(out=str(tmp_path), work=str(tmp_path / 'work'), seed=0, teachers=['count'],
+                        teacher_steps=dict(count=9))
+
+    def stopped(words):                                        # as after SIGTERM: it just returns
+        kept = dict(word[2:].split('=', 1) for word in words)
+        kept = {k: ast.literal_eval(x) for k, x in kept.items()}
+        (Path(kept['out_dir']) / 'latest').mkdir(parents=True, exist_ok=True)
+        meta = json.dumps(dict(step=4, settings=kept))
+        (Path(kept['out_dir']) / 'latest' / 'meta.json').write_text(meta)
+    monkeypatch.setattr(train_teacher, 'main', stopped)
+    with pytest.raises(BadInput, match='run_count was stopped at step 4'):
+        make(c)
+    c.seed = 1
+    with pytest.raises(BadInput, match='run_count is of another base or seed'):
+        make(c)
+    assert not (tmp_path / 'teachers').exists()
 
 
 @pytest.mark.parametrize('prompt', ['a purple elephant', 'five circles', 'make it nice', '',

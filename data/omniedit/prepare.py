@@ -35,6 +35,7 @@ settings = collect(sys.modules[__name__])
 
 COLUMNS = ['omni_edit_id', 'task', 'src_img', 'edited_img', 'edited_prompt_list', 'o_score']
 PICTURES = ['src_img', 'edited_img']
+FORMATS = 'PNG', 'JPEG', 'WEBP'                                # none that starts another program
 FIELDS = ['prompt', 'task', 'source_image', 'target_image', 'kind']
 
 
@@ -76,8 +77,9 @@ def examples(source, split):
 def crops(row, side):
     """(source, target) as side x side pixels, or in words why the pair is of no use."""
     try:
-        pair = [Image.open(io.BytesIO(row[k]['bytes'])).convert('RGB') for k in PICTURES]
-    except (OSError, TypeError):
+        pair = [ImageOps.exif_transpose(Image.open(io.BytesIO(row[k]['bytes']), formats=FORMATS))
+                .convert('RGB') for k in PICTURES]
+    except Exception:                          # of a broken file, decoders raise whatever comes
         return 'picture missing or unreadable'
     if pair[0].size != pair[1].size:
         return 'sizes differ'

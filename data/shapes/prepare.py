@@ -329,6 +329,7 @@ def make_teachers(c):
         if (folder / 'adapter_config.json').exists():
             print(f'{folder} is there already')
             continue
+        about = run / 'latest' / 'meta.json'
         settings = dict(
             method='sft', model=f'{c.out}/base', out_dir=str(run),
             data=[f'{c.work}/{name}_teacher.csv'], eval_data=[f'{c.out}/{name}_val.csv'],
@@ -337,7 +338,13 @@ def make_teachers(c):
             max_steps=c.teacher_steps[name], lora_targets=LAYERS, rank=16, alpha=32.0, lr=2e-3,
             batch_size=32, micro_batch=32, ema_decay=0.99, seed=c.seed, warmup=50,
             eval_every=500, save_every=500, log_every=100)
+        then = json.loads(about.read_text())['settings'] if about.exists() else settings
+        configurator.need(all(then[k] == settings[k] for k in ('model', 'seed', 'data')),
+                          f'{run} is of another base or seed: remove it, or give another --work')
         train_teacher.main([f'--{k}={v!r}' for k, v in settings.items()])
+        step = json.loads(about.read_text())['step']
+        configurator.need(step == settings['max_steps'], f'{run} was stopped at step {step}: the '
+                          'same command goes on from there')
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for f in merge_lora.find(run).parent.iterdir():

@@ -40,7 +40,8 @@ BACKGROUNDS = {'white': (255, 255, 255), 'gray': (128, 128, 128), 'black': (0, 0
 PLACES = ['top left', 'top right', 'bottom left', 'bottom right']
 NUMBERS = {'three': 3, 'four': 4}
 LAYOUT = {3: (0, 1, 3), 4: (0, 1, 2, 3)}        # where a counted group stands, by its number
-# pairs that are never in any training file
+# pairs that are in no training file, and that the base never learned to draw (it has seen them as
+# sources, beside which it drew others)
 HELD_OUT = {('circle', 'purple'), ('square', 'yellow'), ('triangle', 'cyan')}
 BUCKETS = ['t2i', 'open', 'count', 'local_edit', 'global_edit']
 NAMES = *SHAPES, *[s + 's' for s in SHAPES], *COLOURS, *BACKGROUNDS, *PLACES, *NUMBERS
