@@ -192,7 +192,7 @@ def section(number, key, found):
     tried = [x for a in q.arms for x in rates(a, found)]
     lines += ['Rates, seed 0, mean by rate:\n\n' + '\n'.join(tried)] if tried else []
     lines += [times(found)] if key == 'quality' else []
-    if any(len(curves(a, found)) for a in q.arms):
+    if comparable(key, found):
         lines.append(f'![score over cost](papers/{key}.png)')
     lines.append('here: ' + '; '.join(answer(x, found) for x in q.contrasts) + '.')
     return '\n\n'.join(x for x in lines if x)
@@ -250,6 +250,11 @@ def curves(name, found):
             for x in runs_of(name, found) if x['cost'] and x['points']]
 
 
+def comparable(key, found):
+    """Are there curves of two arms?"""
+    return sum(bool(curves(a, found)) for a in QUESTIONS[key].arms) > 1
+
+
 def plot(key, found, path):
     """The seeds thin, their mean thick, the name at the end of the line."""
     import matplotlib
@@ -285,6 +290,6 @@ def spaced(axes, ends):
 def draw_all(found, folder):
     need(find_spec('matplotlib'), 'the words are written; the plots need a package more: '
          'pip install matplotlib')
-    for key, q in QUESTIONS.items():
-        if any(curves(a, found) for a in q.arms):
+    for key in QUESTIONS:
+        if comparable(key, found):
             plot(key, found, Path(folder) / f'{key}.png')
