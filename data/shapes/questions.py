@@ -67,8 +67,8 @@ EDITS = 'local_edit', 'global_edit'
 FROM_BASE = dict(init_from='base', lora_targets=LAYERS)        # the teachers' layers, as all have
 # of all four routes, also where not all are trained
 SAME_START = dict(init_from='{out}/ours/{seed}/start', needs=('ours/{seed}',))
-# what the question of the start led to: begin as the teacher whose skill a mean loses most, and give
-# samples to what that one cannot do
+# what the question of the start led to: begin as the teacher whose skill a mean loses most, and
+# give samples to what that one cannot do
 FOUND = dict(init_from=TEACHER + 'local_edit', **split(
     2, 6, 6, 20, weights=dict(t2i=0.5, count=1.0, local_edit=1.0, global_edit=2.5)))
 GROUPS = dict(group_size=4, **split(4, 4, 12, 12))
