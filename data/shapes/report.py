@@ -222,7 +222,8 @@ def times(found):
 
 def listed(each, scale, unit):
     words = ['never' if x == math.inf else f'{x / scale:.1f}' for x in each]
-    return f'{", ".join(words)} {unit}' if words else 'not run yet'
+    unit = f' {unit}' if set(words) != {'never'} else ''
+    return f'{", ".join(words)}{unit}' if words else 'not run yet'
 
 
 def text(found, all_runs):
