@@ -64,7 +64,7 @@ kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04); at 0 it i
 kl_var = 'true'                     # 'code' leaves out the step's length, as Flow-GRPO's release
 gamma = 0.99                        # sdpo: discount of later rewards, and weight of later steps
 buffer = 32                         # sdpo: returns kept for a prompt and step; used from 16 on
-# rewards: reward is a name of support/rewards.py, a URL, or file.py:function; normalised, then added
+# rewards: reward is a name of support/rewards.py, a URL or file.py:function; normalised, then added
 reward: list = [dict(reward='shapes_smooth', weight=1.0)]
 watch_reward = ''                   # one more, only logged: does it fall while the others rise?
 # optimiser and output

@@ -16,14 +16,12 @@ def end(e):
     said = said or ''.join(traceback.format_exception(e))
     if alone or first():
         print(f'{pathlib.Path(sys.argv[0]).name}: {said}', file=sys.stderr, flush=True)
-    if not alone:
-        sys.stdout.flush()
-        os._exit(code)
-    if isinstance(e, KeyboardInterrupt):  # threads that wait for a reward are not waited for
+    if alone and not isinstance(e, KeyboardInterrupt):
+        sys.exit(code)
+    if alone:  # at an interrupt, threads that wait for a reward are not waited for
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def mend(e):

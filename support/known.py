@@ -53,7 +53,7 @@ def read_buckets(c, run):
         return buckets
     if c.score:
         most = [run.get(k, 3) for k in ('score_samples', 'eval_samples', 'show')]
-        scored = most['score_samples' not in run]              # a teacher's run has the second
+        scored = run.get('score_samples', most[1])             # a teacher's run has the second
         drawn = Data({}, buckets).drawn(run.get('seed', 0), max(most))
         return {k: rows[:max(1, scored)] for k, rows in drawn.items()}
     return {k: [*itertools.islice(b, 3)] for k, b in buckets.items()}
