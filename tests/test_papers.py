@@ -72,21 +72,23 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
     study.out += '_new'
     r = runs.Run('edits-hard', 1)
     script, words, s, data = runs.checked(r, study)
-    runs.make(r, study)
+    runs.make(r, study, {})
     told = json.loads(runs.result_of(r, study).read_text())
     n = told['steps']
     assert n == 2 and told['cost'] == n * runs.rehearsed(script, s, data, n)
     assert [p['step'] for p in told['points']] == [1, 2]
     assert told['points'][0]['cost'] < told['points'][1]['cost'] == told['cost']
     assert set(told['points'][0]['right']) == set(questions.ARMS[r.name].scored)
-    assert papers.done(r, study) and told['differs']['routes_per_step'] == 'sample'
+    assert papers.done(r, study, report.load(study.results))
+    assert told['differs']['routes_per_step'] == 'sample'
     folder = runs.folder_of(r, study)
+    assert runs.scores(r, study, s, folder, on_trial=True) == told['points'][-1:]
     for gone in (runs.result_of(r, study), folder / 'score_000002.json', folder / 'done'):
         gone.unlink()
     shutil.rmtree(folder / 'step_000002')                      # killed in its second step
     (folder / 'latest').unlink()
     (folder / 'latest').symlink_to('step_000001')
-    runs.make(r, study)
+    runs.make(r, study, {})
     again = json.loads(runs.result_of(r, study).read_text())
     assert {**again, 'about': 0} == {**told, 'about': 0}
 
@@ -94,7 +96,7 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
     log = runs.read_log(folder)                                # as a stop leaves it, is no point
     (folder / 'log.jsonl').write_text(''.join(
         json.dumps(e) + '\n' for e in log if e['step'] != 1))
-    runs.make(r, study)
+    runs.make(r, study, {})
     again = json.loads(runs.result_of(r, study).read_text())
     assert [p['step'] for p in again['points']] == [2]
 
@@ -152,6 +154,13 @@ def test_order_and_rates(study):
     assert report.best_rate('k4', found) == 'k4@0.008'
     left = papers.wanted(study, found)
     assert len(left) == len(names) and runs.Run('k4@0.008', 2) in left
+    one = runs.Run('k4@0.008', 0)                              # of a trial the end is enough
+    assert papers.done(one, study, found)
+    found['k4@0.008', 0]['points'][:4] = []
+    found['k4@0.004', 0]['points'][:4] = []
+    assert one in papers.missing(study, found) and not papers.done(one, study, found)
+    assert papers.done(runs.Run('k4@0.004', 0), study, found)
+    assert papers.minutes_of(one, study, {}) < papers.minutes_of(one, study, found)
     found['k4@0.008', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
     assert report.best_rate('k4', found) == 'k4@0.016'
     study.only = 'start'

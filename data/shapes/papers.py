@@ -12,7 +12,8 @@ scored afterwards. It can be killed at any moment, and the same command goes on.
 data/shapes/papers/<arm>-<seed>.json: these are committed. The plots need matplotlib.
 
 Cost is what is equal: forwards, those with gradient three times, with guidance double, as the code
-counts them. Of an arm with several rates all are run with the first seed, the best with the others.
+counts them. Of an arm with several rates all are run with the first seed, and scored at their ends
+alone; the best is scored at its other points too, and run with the other seeds.
 """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -45,8 +46,10 @@ UNIT, PICTURE, BEGIN = 0.0036, 0.030, 20
 # --------------------------------------------------------------------------------------------------
 # What there is to run
 
-def done(r, c):
-    return (folder_of(r, c) / 'done').exists() if r.name in MAKES else result_of(r, c).exists()
+def done(r, c, found):
+    if r.name in MAKES:
+        return (folder_of(r, c) / 'done').exists()
+    return (r.name, r.seed) in found and not reports.half_scored(r.name, r.seed, found)
 
 
 def wanted(c, found):
@@ -74,7 +77,7 @@ def before(r, c):
 
 def missing(c, found):
     """Runs without a result; and those again whose weights are gone while others wait for them."""
-    todo = [r for r in wanted(c, found) if not done(r, c)]
+    todo = [r for r in wanted(c, found) if not done(r, c, found)]
     gone = {x for r in todo for x in before(r, c) if not (folder_of(x, c) / 'done').exists()}
     return [r for r in wanted(c, found) if r in todo or r in gone]
 
@@ -93,11 +96,12 @@ def cost_of(r, c):
     return round(c.budget * arm_of(r).cost)
 
 
-def minutes_of(r, c):
+def minutes_of(r, c, found):
     """What a run will take on one thread, by what was measured."""
     if r.name in ('make-own', 'make-half'):
         return 5.0
-    points = 0 if r.name in MAKES else 1 if arm_of(r).script == 'look' else POINTS
+    one = arm_of(r).script == 'look' or reports.on_trial(r.name, r.seed, found)
+    points = 0 if r.name in MAKES else 1 if one else POINTS
     pictures = points * c.rows * len(arm_of(r).scored)
     return (BEGIN + cost_of(r, c) * UNIT + pictures * PICTURE) / 60
 
@@ -107,7 +111,7 @@ def say_all(c, found):
     todo, total = missing(c, found), 0.0
     print(f'{"":26s} {"cost":>10s} {"minutes":>8s}')
     for r in wanted(c, found):
-        minutes = minutes_of(r, c)
+        minutes = minutes_of(r, c, found)
         total += minutes if r in todo else 0.0
         print(f'{r.name + "/" + str(r.seed):26s} {cost_of(r, c):10d} {minutes:8.1f}'
               f'{"" if r in todo else "  is there"}')
@@ -134,7 +138,8 @@ def run_all(c):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
-            todo = [r for r in missing(c, reports.load(c.results)) if r not in broken]
+            found = reports.load(c.results)
+            todo = [r for r in missing(c, found) if r not in broken]
             free = [r for r in todo if r not in running and ready(r, c)]
             running |= {r: begin(r, c) for r in free[:c.jobs - len(running)]}
             if not running:
@@ -144,7 +149,7 @@ def run_all(c):
             for r in [r for r, p in running.items() if p.poll() is not None]:
                 code, todo = running.pop(r).returncode, [x for x in todo if x != r]
                 broken |= {r} if code else set()
-                hours = sum(minutes_of(x, c) for x in todo) / 60 / c.jobs
+                hours = sum(minutes_of(x, c, found) for x in todo) / 60 / c.jobs
                 print(f'{(time.time() - t0) / 60:6.1f} min  {r.name}/{r.seed} '
                       f'{f"ended with {code}" if code else "done"}; {len(todo)} runs to do, about '
                       f'{hours:.1f} h', flush=True)
@@ -165,7 +170,7 @@ def main(argv):
     c = configurator.configure(SETTINGS, argv)
     found = reports.load(c.results)
     if c.run:
-        return make(parsed(c.run), c)
+        return make(parsed(c.run), c, found)
     if c.list:
         return say_all(c, found)
     if c.report:

@@ -88,6 +88,17 @@ def best_rate(name, found):
     return max(names, key=lambda k: worst if ends[k] is None else ends[k])
 
 
+def on_trial(run, seed, found):
+    """Is this run there to choose the best of several rates? Its end is enough for that."""
+    name, _, rate = run.partition('@')
+    return bool(rate) and seed == 0 and best_rate(name, found) != run
+
+
+def half_scored(run, seed, found):
+    """Was it on trial, and is it now the best?"""
+    return '@' in run and not on_trial(run, seed, found) and len(found[run, seed]['points']) == 1
+
+
 def runs_of(name, found):
     """The runs of an arm at its rate, by seed."""
     chosen = best_rate(name, found)

@@ -13,6 +13,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 import configurator
 import prepare
+import report as reports
 import train_opd
 import train_teacher
 from configurator import BadInput, need
@@ -108,7 +109,7 @@ def rehearsed(script, s, data, steps=10):
 # --------------------------------------------------------------------------------------------------
 # Training, and scores
 
-def make(r, c):
+def make(r, c, found):
     """A run's result, or what others need."""
     torch.set_num_threads(1)
     folder = folder_of(r, c)
@@ -121,11 +122,11 @@ def make(r, c):
             prepare.train_base(half, folder / '.base')
             os.rename(folder / '.base', folder / 'base')
     else:
-        train_and_score(r, c, folder)
+        train_and_score(r, c, folder, reports.on_trial(r.name, r.seed, found))
     write_text(folder / 'done', '')
 
 
-def train_and_score(r, c, folder):
+def train_and_score(r, c, folder, on_trial):
     script, words, s, data = checked(r, c)
     steps, failed = 0, ''
     try:
@@ -138,7 +139,7 @@ def train_and_score(r, c, folder):
         failed = str(e)
     if r.name in MAKES:
         return
-    points = [] if failed else scores(r, c, s, folder)
+    points = [] if failed else scores(r, c, s, folder, on_trial)
     log = read_log(folder)
     numbers = dict(arm=arm_name(r.name), seed=r.seed, lr=s.lr, steps=steps, rows=c.rows,
                    differs=arm_of(r).settings, cost=sum(e.get('cost', 0) for e in log),
@@ -176,8 +177,9 @@ def train(script, words, last, folder):
         write_text(folder / 'seconds', str(time.process_time() - t0))
 
 
-def scores(r, c, s, folder):
-    """Gap and score of a run's checkpoints, or of a start: [dict(step, cost, right, gap)]."""
+def scores(r, c, s, folder, on_trial):
+    """Gap and score of a run's checkpoints, of its last if its rate is on trial, or of a start:
+    [dict(step, cost, right, gap)]."""
     arm, copied = arm_of(r), 'model dtype base_storage rank alpha lora_targets ema_decay'
     kept = {k: getattr(s, k) for k in copied.split()} | dict(
         routes=[dict(teacher='base', data='local_edit')], routes_per_step='sample',
@@ -193,7 +195,7 @@ def scores(r, c, s, folder):
     data = checks.check(e, train_opd.SETTINGS[0], FAMILIES, train_opd.CHOICES)
     held = {k: rows_of(SCORED[k][0])[:c.rows] for k in arm.scored}
     at = {x['step'] for x in read_log(folder) if 'cost' in x}  # what a stop has saved is no point
-    saved = [p for p in checkpoints(folder) if int(p.name[5:]) in at]
+    saved = [p for p in checkpoints(folder) if int(p.name[5:]) in at][-1 if on_trial else 0:]
     models = Models.open(FAMILIES, e, torch.device('cpu'), data, held, e.teachers,
                          saved[-1] if saved else None)
     found = [scored(p, models, e, held, folder) for p in saved or [None]]
