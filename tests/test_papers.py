@@ -167,6 +167,9 @@ def test_order_and_rates(study):
     order = papers.wanted(study, {})
     assert order.index(runs.Run('ours', 1)) < order.index(runs.Run('from-student', 0))
     assert not papers.ready(runs.Run('from-student', 0), study)
+    study.only = 'start,k4'
+    assert {r.name for r in papers.wanted(study, {}) if r not in order} == {
+        'k4@0.004', 'k4@0.008', 'k4@0.016', 'k4@?'}
     study.only = 'strat'
     with pytest.raises(BadInput, match='strat'):
         papers.wanted(study, {})

@@ -4,7 +4,7 @@ cost.
 
     python data/shapes/papers.py --list             what there is to run, and what each will cost
     python data/shapes/papers.py --jobs=2           what is missing, each a process of one thread
-    python data/shapes/papers.py --only=loss,start  these questions of data/shapes/questions.py
+    python data/shapes/papers.py --only=loss,start  these questions, or arms, of data/shapes/questions.py
     python data/shapes/papers.py --report           docs/papers.md and its plots of what is there
 
 A run is an ordinary one of train_opd.py, in out/papers/<arm>/<seed>; five of its checkpoints are
@@ -28,7 +28,7 @@ from support.disk import write_text
 from support.run import locked
 
 jobs = 1                            # processes side by side
-only = ''                           # questions, with commas; '' is all
+only = ''                           # questions or arms, with commas; '' is all
 list = False                        # say what there is to run and what it costs
 report = False                      # write the report
 run = ''                            # one run, <arm>/<seed>: what the jobs are
@@ -57,10 +57,11 @@ def wanted(c, found):
     chosen = {}
     asked = c.only.split(',') if c.only else QUESTIONS
     for key in asked:
-        need(key in QUESTIONS, f'only: {key!r} is no question; there are: {", ".join(QUESTIONS)}')
+        need(key in (*QUESTIONS, *ARMS), f'only: {key!r} is no question and no arm; questions are: '
+             f'{", ".join(QUESTIONS)}')
     for key in asked:
         for seed in range(SEEDS):
-            for name in QUESTIONS[key].arms:
+            for name in QUESTIONS[key].arms if key in QUESTIONS else [key]:
                 arm, best = ARMS[name], reports.best_rate(name, found)
                 if arm.script == 'look' and seed:
                     continue
