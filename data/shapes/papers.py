@@ -4,7 +4,7 @@ cost.
 
     python data/shapes/papers.py --list             what there is to run, and what each will cost
     python data/shapes/papers.py --jobs=2           what is missing, each a process of one thread
-    python data/shapes/papers.py --only=start,k4    these questions, or arms, of data/shapes/questions.py
+    python data/shapes/papers.py --only=start,k4    questions or arms of data/shapes/questions.py
     python data/shapes/papers.py --report           docs/papers.md and its plots of what is there
 
 A run is an ordinary one of train_opd.py, in out/papers/<arm>/<seed>; five of its checkpoints are
