@@ -76,6 +76,10 @@ SDE = dict(method='diffusionopd', eta=0.7, rates=TUNED)
 ODE = dict(method='diffusionopd', rates=TUNED)
 ON_EDITS = dict(routes_per_step='sample', routes=routes(only=EDITS), teachers=taught(EDITS))
 OWN = [f'{{out}}/make-own/0/{k}.csv' for k in SKILLS]                 # the teachers' own pictures
+DRAWN = 19200                           # forwards that these cost, once
+IMITATE = dict(script='train_teacher', method='sft', data=OWN[:2] + OWN[2:] * 4, eval_data=[],
+               init_from='{out}/ours/{seed}/start', rank=32, alpha=32.0, batch_size=34,
+               micro_batch=30, lr=8e-3, needs=('make-own/0', 'ours/{seed}'))
 HALF = dict(model='{out}/make-half/0/base', resolution=24, needs=('make-half/0',), scored=WORDS)
 LOOK = dict(script='look', rank=64)
 GRPO = 'config/teacher_shapes_grpo.py'
@@ -123,9 +127,8 @@ ARMS = {
     # whose states
     'states-teacher': arm(states='teacher'),
     'states-data': arm(states='data', data=OWN, needs=('make-own/0',)),
-    'imitation': arm(script='train_teacher', method='sft', data=OWN[:2] + OWN[2:] * 4, eval_data=[],
-                     init_from='{out}/ours/{seed}/start', rank=32, alpha=32.0, batch_size=34,
-                     micro_batch=30, lr=8e-3, rates=LOW, needs=('make-own/0', 'ours/{seed}')),
+    'imitation': arm(rates=LOW, **IMITATE),
+    'imitation-paid': arm(cost=1 - DRAWN / 46750, **IMITATE),
     # which states
     'low': arm(query='low_noise'), 'mid': arm(query='mid_noise'), 'high': arm(query='high_noise'),
     'uniform': arm(query='uniform'),
@@ -179,6 +182,12 @@ ARMS = {
 CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
                 global_edit='teacher-global')
 
+# of two panels, for the README
+PICTURE = [
+    ('Which method? (from the merge)', ['ours', 'ode', 'sde', 'flow-k1', 'imitation']),
+    ('Which start? (by our method)', ['ours', 'base-ours', 'from-count', 'from-global',
+                                      'from-local', 'found'])]
+
 
 def question(asks, claim, arms, contrasts, note=''):
     named = [Contrast(*(*x, tuple(SKILLS))[:4]) for x in contrasts]
@@ -222,12 +231,14 @@ QUESTIONS = {
     'onpolicy': question(
         "Does it matter whose states are learned from?", "DanceOPD and DiffusionOPD: the student's "
         "own above noised data and above the teacher's rollouts; both above imitation.",
-        'ours states-teacher states-data imitation',
+        'ours states-teacher states-data imitation imitation-paid',
         [("own above the teacher's", 'ours', 'states-teacher'),
-         ('own above noised data', 'ours', 'states-data'), ('own above imitation', 'ours',
-                                                            'imitation')],
+         ('own above noised data', 'ours', 'states-data'),
+         ('own above imitation', 'ours', 'imitation'),
+         ('the same, the pictures counted', 'ours', 'imitation-paid')],
         "Data are the teachers' own pictures of the same rows; drawing them, 19,200 forwards once, "
-        'is not counted.'),
+        'is not counted, but for imitation-paid, which has so much less to learn with. At equal '
+        'cost a step without a rollout or a teacher leaves more of them.'),
     'states': question(
         'Which states of a rollout?', 'DanceOPD: queries at low, mid, high noise give 5.751, '
         '4.649, 4.813; 16 steps. DiffusionOPD: 10 steps.',

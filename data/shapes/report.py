@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configurator import need
-from questions import ARMS, CEILINGS, QUESTIONS, SCORED, SEEDS, SKILLS
+from questions import ARMS, CEILINGS, PICTURE, QUESTIONS, SCORED, SEEDS, SKILLS
 
 SHARE = 0.9                             # of a teacher's score: it is held
 HEAD = '''# The papers in miniature
@@ -267,14 +267,27 @@ def comparable(key, found):
     return sum(bool(curves(a, found)) for a in QUESTIONS[key].arms) > 1
 
 
-def plot(key, found, path):
-    """The seeds thin, their mean thick, the name at the end of the line."""
+def plot(panels, found, path):
+    """Panels, each a title and arms, side by side in one file."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
+    figure, places = pyplot.subplots(1, len(panels), figsize=(3.5 + 4 * len(panels), 4.2),
+                                     squeeze=False, sharey=True)
+    for axes, (title, names) in zip(places[0], panels):
+        draw(axes, [a for a in names if curves(a, found)], found)
+        axes.set(xlabel='cost, thousand forwards', title=title)
+        axes.spines[['top', 'right']].set_visible(False)
+    places[0, 0].set(ylabel='right, %')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches='tight', metadata=dict(Software=None))
+    pyplot.close(figure)
+
+
+def draw(axes, names, found):
+    """The seeds thin, their mean thick, the name at the end of the line."""
     ends = []
-    for i, name in enumerate(a for a in QUESTIONS[key].arms if curves(a, found)):
+    for i, name in enumerate(names):
         lines, colour = curves(name, found), COLOURS[i % len(COLOURS)]
         style = '-' if i < len(COLOURS) else '--'
         for line in lines:
@@ -283,11 +296,6 @@ def plot(key, found, path):
         axes.plot(*zip(*average), style, color=colour, linewidth=2.2)
         ends.append((average[-1], name, colour))
     spaced(axes, ends)
-    axes.set(xlabel='cost, thousand forwards', ylabel='right, %', title=QUESTIONS[key].asks)
-    axes.spines[['top', 'right']].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches='tight', metadata=dict(Software=None))
-    pyplot.close(figure)
 
 
 def spaced(axes, ends):
@@ -304,4 +312,5 @@ def draw_all(found, folder):
          'pip install matplotlib')
     for key in QUESTIONS:
         if comparable(key, found):
-            plot(key, found, Path(folder) / f'{key}.png')
+            plot([(QUESTIONS[key].asks, QUESTIONS[key].arms)], found, Path(folder) / f'{key}.png')
+    plot(PICTURE, found, Path(folder) / 'method_and_start.png')
