@@ -63,6 +63,8 @@ def taught(only):
 
 
 TEACHER = 'data/shapes/teachers/'
+# in which an arm that does not say it is what the others are, whatever the demonstration becomes
+COMMON = dict(init_from='merge', **split(2, 2, 15, 15))
 EDITS = 'local_edit', 'global_edit'
 FROM_BASE = dict(init_from='base', lora_targets=LAYERS)        # the teachers' layers, as all have
 # of all four routes, also where not all are trained

@@ -17,7 +17,7 @@ import report as reports
 import train_opd
 import train_teacher
 from configurator import BadInput, need
-from questions import ARMS, MAKES, SCORED, SEEDS, SKILLS
+from questions import ARMS, COMMON, MAKES, SCORED, SEEDS, SKILLS
 from support import checks
 from support.disk import write_text
 from support.files import load_function, read_data
@@ -80,6 +80,7 @@ def checked(r, c):
     script = train_teacher if arm.script == 'train_teacher' else train_opd
     own = dict(filled(arm.settings, r, c), seed=r.seed, out_dir=str(folder_of(r, c)))
     words = [own.pop('config')] if 'config' in own else []
+    own = own if script is train_teacher else COMMON | own
     own |= dict(lr=float(rate)) if rate not in ('', '?') else {}
     own |= dict(score='', eval_samples=4, show=1, ckpt_keep=100)
     words += [f'--{k}={v!r}' for k, v in own.items()]
