@@ -95,8 +95,13 @@ def steps_of(arm, script, s, data, c):
     if 'max_steps' in arm.settings:                            # GRPO's cost is known only after
         n = arm.settings['max_steps'] * c.budget / BUDGET
     else:
-        n = c.budget * arm.cost / rehearsed(script, s, data)
+        n = (c.budget * arm.cost - spent(arm, c)) / rehearsed(script, s, data)
     return max(1, round(n))
+
+
+def spent(arm, c):
+    """Forwards that it begins with."""
+    return round(arm.spent * c.budget / BUDGET)
 
 
 def rehearsed(script, s, data, steps=10):
@@ -141,9 +146,9 @@ def train_and_score(r, c, folder, on_trial):
     if r.name in MAKES:
         return
     points = [] if failed else scores(r, c, s, folder, on_trial)
-    log = read_log(folder)
+    log, cost = read_log(folder), spent(arm_of(r), c)
     numbers = dict(arm=arm_name(r.name), seed=r.seed, lr=s.lr, steps=steps, rows=c.rows,
-                   differs=arm_of(r).settings, cost=sum(e.get('cost', 0) for e in log),
+                   differs=arm_of(r).settings, cost=cost + sum(e.get('cost', 0) for e in log),
                    failed=failed, points=points)
     if sigmas := [e['sigma'] for e in log if 'sigma' in e]:
         numbers['sigma'] = sum(sigmas) / len(sigmas)
@@ -200,8 +205,8 @@ def scores(r, c, s, folder, on_trial):
     models = Models.open(FAMILIES, e, torch.device('cpu'), data, held, e.teachers,
                          saved[-1] if saved else None)
     found = [scored(p, models, e, held, folder) for p in saved or [None]]
-    log = read_log(folder)
-    return [dict(p, cost=sum(x.get('cost', 0) for x in log if x['step'] <= p['step']))
+    log, begun = read_log(folder), spent(arm, c)
+    return [dict(p, cost=begun + sum(x.get('cost', 0) for x in log if x['step'] <= p['step']))
             for p in found]
 
 
