@@ -83,7 +83,7 @@ method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
 query = 'stratified'                # one of QUERIES below (DanceOPD 'low_noise', Beta(5, 2))
 kl_var = 'true'                     # 'code' leaves out the step's length, as released code does
-drop_last: int | bool = 0           # leave out so many last steps (DiffusionOPD's release: 1)
+drop_last: int | bool = 0           # so many last steps are not learned from (DiffusionOPD's: 1)
 reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
@@ -474,13 +474,13 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
 
 def draw_queries(key, s, c):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
-    r, inside, taken = rng(*key, 'rule'), rng(*key).random(), []
-    if c.queries == c.steps:                                   # the only choice
-        return list(range(c.steps))
+    n, r, inside, taken = c.steps - c.drop_last, rng(*key, 'rule'), rng(*key).random(), []
+    if c.queries == n:                                         # the only choice
+        return list(range(n))
     for k in range(c.queries):
         even = (k + (s.slot + inside) / s.of) / c.queries
         for _ in range(10 ** 6):                               # Beta's tails are thin
-            i = min(int(QUERIES[c.query](r, even) * c.steps), c.steps - 1)
+            i = min(int(QUERIES[c.query](r, even) * n), n - 1)
             if i not in taken:
                 break
         need(i >= 0 and i not in taken, f'query = {c.query!r} has no {c.queries} distinct steps')
@@ -765,7 +765,7 @@ def flowopd(samples, models, c):
 
 
 METHODS = dict(
-    danceopd=Method(danceopd, ('queries', 'query', 'states')),
+    danceopd=Method(danceopd, ('queries', 'query', 'states', 'drop_last')),
     diffusionopd=Method(diffusionopd, ('drop_last', 'kl_var')),
     flowopd=Method(flowopd, ('drop_last', 'kl_var', 'reward', 'group_size', 'updates', 'clip_range',
                              'adv_clip')))

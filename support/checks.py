@@ -146,8 +146,8 @@ def check_method(c, reads, rewards):
     """What a method that reads these settings asks of them."""
     policy, kl = 'clip_range' in reads, 'kl_var' in reads
     require([
-        (c.queries <= c.steps, f'queries = {c.queries} distinct states cannot be had from '
-         f'{c.steps} steps'),
+        (c.queries <= c.steps - c.drop_last, f'queries = {c.queries} distinct states cannot be had '
+         f'from {c.steps - c.drop_last} steps'),
         (not policy or not rewards[c.reward].group or c.group_size > 1, f'group_size = 1: reward = '
          f'{c.reward!r} compares the samples of one prompt; at least 2 (Flow-OPD: 16)'),
         (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has '

@@ -9,8 +9,8 @@ READS = T.METHODS['danceopd'].settings
 def dance(loss=None, wrap=None, anchored=True):
     """danceopd with something changed."""
     def updates(samples, models, c):
-        known = ('seed', 'queries', 'query', 'steps', 'states', 'eta', 'sde', 'micro_batch',
-                 'rollout_guidance', 'student_guidance')
+        known = ('seed', 'queries', 'query', 'steps', 'drop_last', 'states', 'eta', 'sde',
+                 'micro_batch', 'rollout_guidance', 'student_guidance')
         free = SimpleNamespace(anchor='', **{k: getattr(c, k) for k in known})
         for terms in T.danceopd(samples, models, c if anchored else free):
             changed = (t._replace(loss=loss(t.loss)) if loss else t for t in terms)
@@ -56,7 +56,7 @@ def test_a_query_rule_that_cannot_be_is_refused(rule, message, monkeypatch):
 def test_a_rules_draws_do_not_follow_from_its_place():
     """What it draws and where it stands are two things, also with one sample a route."""
     s = T.Sample({}, (24, 24), None, slot=0, of=1)
-    c = SimpleNamespace(queries=1, query='own', steps=4)
+    c = SimpleNamespace(queries=1, query='own', steps=4, drop_last=0)
     with pytest.MonkeyPatch.context() as m:
         m.setitem(T.QUERIES, 'own', lambda r, even: even if r.random() < 0.5 else 0.0)
         drawn = [T.draw_queries((0, i), s, c)[0] for i in range(4000)]

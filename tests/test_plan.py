@@ -129,9 +129,9 @@ def test_a_batch_that_does_not_divide_says_what_would(world, tmp_path, monkeypat
 
 
 # -------------------- queries
-def drawn(rule, k=1, steps=16, n=3000):
+def drawn(rule, k=1, steps=16, n=3000, drop_last=0):
     """[step numbers of a sample], many times; each sample is alone on its route."""
-    c = SimpleNamespace(queries=k, query=rule, steps=steps)
+    c = SimpleNamespace(queries=k, query=rule, steps=steps, drop_last=drop_last)
     s = SimpleNamespace(slot=0, of=1)
     return [T.draw_queries((i,), s, c) for i in range(n)]
 
@@ -193,9 +193,16 @@ def test_stratified_queries_include_each_step_equally(k, n):
     assert frequencies('stratified', k, n) == pytest.approx([k / n] * n, abs=0.018)
 
 
+@pytest.mark.parametrize('rule', T.QUERIES)
+def test_the_last_steps_are_left_out(rule):
+    """The others are drawn as if there were no more."""
+    assert drawn(rule, steps=5, drop_last=1) == drawn(rule, steps=4)
+    assert drawn(rule, 3, 5, 5, drop_last=2) == [[0, 1, 2]] * 5
+
+
 @pytest.mark.parametrize('k, of', [(1, 16), (2, 8), (1, 32)])
 def test_stratified_queries_spread_over_a_routes_samples(k, of):
-    c = SimpleNamespace(queries=k, query='stratified', steps=16)
+    c = SimpleNamespace(queries=k, query='stratified', steps=16, drop_last=0)
     seen = [i for slot in range(of)
             for i in T.draw_queries((slot,), SimpleNamespace(slot=slot, of=of), c)]
     assert sorted(seen) == sorted([*range(16)] * (k * of // 16))
