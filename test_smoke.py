@@ -103,7 +103,7 @@ def test_a_new_method_is_one_function_and_one_entry(opd, tmp_path, monkeypatch):
 def test_a_new_query_rule_is_one_function_and_one_entry(opd, tmp_path, monkeypatch):
     monkeypatch.setitem(T.QUERIES, 'ends', ends)
     out = run(T.main, [*opd, '--query=ends', '--batch_size=16', f'--out_dir={tmp_path}/run'])
-    sigmas = T.open_field(str(SHAPES / 'base')).sigmas(4, 24, 24).tolist()
+    sigmas = T.open_field(str(SHAPES / 'base')).sigmas(5, 24, 24).tolist()
     share = [(x - sigmas[3]) / (1 - sigmas[3]) for x in log(out, 'sigma')]     # of first steps
     assert len(share) == 4 and all(x * 16 == pytest.approx(round(x * 16), abs=1e-4) for x in share)
 

@@ -57,9 +57,9 @@ teachers = [
 # routes are in every step, with how many of its samples
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
-    dict(teacher='count', data='count', weight=0.5, samples=2),
-    dict(teacher='local_edit', data='local_edit', weight=2.0, samples=15),
-    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=15)]
+    dict(teacher='count', data='count', weight=1.5, samples=8),
+    dict(teacher='local_edit', data='local_edit', weight=1.0, samples=6),
+    dict(teacher='global_edit', data='global_edit', weight=2.0, samples=18)]
 routes_per_step: int | str = 'all'  # 1 a step (DanceOPD), 'all' (DiffusionOPD), 'sample': each its
 mixing = 'hard'                     # 'soft', an ablation: all teachers' mean by their `weight`
 teacher_offload = False             # teachers with full weights wait on the CPU for their turn
@@ -67,12 +67,12 @@ teacher_offload = False             # teachers with full weights wait on the CPU
 data: list = [f'data/shapes/{k}.csv' for k in ('t2i', 'count', 'local_edit', 'global_edit')]
 eval_data: list = [path.replace('.csv', '_val.csv') for path in data]
 # student
-init_from = 'merge'                 # 'base', 'merge' (the teachers' mean), 'resume', or an adapter
+init_from = 'data/shapes/teachers/local_edit'  # or 'base', 'merge' (teachers' mean), 'resume'
 rank = 32                           # of the LoRA (DanceOPD 128, DiffusionOPD 32)
 alpha = 32.0                        # its scale is alpha / rank (DanceOPD 128, DiffusionOPD 64)
 lora_targets: list | None = None    # None: the starting adapter's layers, else the family's
 # rollout
-steps = 4                           # Euler steps of the rollout (DanceOPD 16, DiffusionOPD 10)
+steps = 5                           # Euler steps of the rollout (DanceOPD 16, DiffusionOPD 10)
 eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OPD 0.7)
 sde = 'flow'                        # one of SDES below
 rollout_guidance = 1.0              # while rolling out; 1.0 is none, in every family
@@ -83,7 +83,7 @@ method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
 query = 'stratified'                # one of QUERIES below (DanceOPD 'low_noise', Beta(5, 2))
 kl_var = 'true'                     # 'code' leaves out the step's length, as released code does
-drop_last: int | bool = 0           # so many last steps are not learned from (DiffusionOPD's: 1)
+drop_last: int | bool = 1           # so many last steps are not learned from (DiffusionOPD's: 1)
 reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
@@ -92,7 +92,7 @@ adv_clip = 1000.0                   # flowopd: advantages (5, for those that a g
 anchor = ''                         # 'base' or a teacher: held near it as well (Flow-OPD's MAR)
 anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 # optimiser
-max_steps = 500
+max_steps = 250
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 30                    # samples a forward; the rest is gradient accumulation
 lr = 8e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
@@ -109,7 +109,7 @@ tf32 = True
 seed = 0
 # output
 out_dir = 'out/shapes'
-eval_every = 250                    # steps between evaluations (gap by route, and the picture)
+eval_every = 125                    # steps between evaluations (gap by route, and the picture)
 eval_samples = 32                   # samples a route in them
 show = 4                            # of which so many are drawn in the picture
 sample_steps = 8                    # Euler steps of those pictures and of the score
@@ -777,9 +777,9 @@ METHODS = dict(
 @torch.no_grad()
 def mean_gap(route, rows, models, c, world):
     """Mean relative gap to the teacher, at states spread evenly over the student's rollouts."""
-    samples, found = [], []
+    samples, found, n = [], [], c.steps - c.drop_last
     for i, row in enumerate(rows):
-        g, query = torch_rng(c.seed, 'gap', route['data'], i), i * c.steps // len(rows)
+        g, query = torch_rng(c.seed, 'gap', route['data'], i), i * n // len(rows)
         samples.append(Sample(row, route['size'], g, g, teacher=route['teacher'], queries=[query]))
     for batch, z, sigma in visits(samples[world.rank::world.size], models, c):
         v = models.velocity('student', batch, z, sigma, c.student_guidance)

@@ -26,7 +26,7 @@ eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
 init_from = 'merge'                               # ours: the base can edit, and so can the mean
 rank, alpha = 32, 32.0
-steps = 16                                        # from here to max_steps DanceOPD's
+steps, drop_last = 16, 0                          # from here to max_steps DanceOPD's
 method, query = 'danceopd', 'low_noise'
 betas = [0.9, 0.999]                              # torch's own; of betas papers say nothing
 lr, lr_schedule = 2e-4, 'constant'

@@ -25,7 +25,7 @@ init_from = 'merge'
 rank = 64
 alpha = 64.0
 rollout_guidance = student_guidance = 1.0         # guidance is learned, forwards are half
-steps = 8
+steps, drop_last = 8, 0
 method = 'danceopd'
 query = 'low_noise'
 lr = 2e-4

@@ -21,7 +21,7 @@ init_from = 'base'
 rank = 64                                         # ours
 alpha = 64.0
 rollout_guidance = student_guidance = 1.0
-steps = 16                                        # from here to max_steps DanceOPD's
+steps, drop_last = 16, 0                          # from here to max_steps DanceOPD's
 method = 'danceopd'
 query = 'low_noise'
 betas = [0.9, 0.999]                              # torch's own; of betas papers say nothing

@@ -15,7 +15,7 @@ eval_data = []                              # [] evaluates on the training rows
 init_from = 'base'
 rank = 128                                  # from here to max_steps DanceOPD's
 alpha = 128.0
-steps = 16
+steps, drop_last = 16, 0
 rollout_guidance = student_guidance = 1.0
 method = 'danceopd'
 query = 'low_noise'

@@ -20,7 +20,7 @@ eval_data = []                              # ours: 24 prompts each, to try it; 
 init_from = 'base'                          # ours, as it is not said; 'merge' is the mean of all
 rank = 32
 alpha = 64.0
-steps = 10
+steps, drop_last = 10, 0
 eta = 0.0                                   # the ODE, which converges about five times faster
 rollout_guidance = student_guidance = 4.5
 method = 'diffusionopd'                     # ours: all steps; their release: drop_last = 1

@@ -20,7 +20,7 @@ init_from = 'base'                          # from here to max_steps as publishe
 rollout_guidance = student_guidance = 1.0
 rank = 128
 alpha = 128.0
-steps = 16
+steps, drop_last = 16, 0
 method = 'danceopd'
 query = 'low_noise'
 betas = [0.9, 0.999]                        # ours: torch's; warm-up and average are ours too

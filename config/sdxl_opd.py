@@ -23,7 +23,7 @@ eval_data = []                              # examples to try it; a run wants th
 
 init_from = 'merge'
 rank, alpha = 64, 64.0
-steps = 20
+steps, drop_last = 20, 0
 rollout_guidance = student_guidance = 5.0
 method = 'danceopd'
 query = 'low_noise'

@@ -24,7 +24,7 @@ eval_data = []                              # examples to try it; a run wants th
 
 init_from = 'merge'
 rank, alpha = 64, 64.0
-steps = sample_steps = 8                    # the model card's
+steps, drop_last, sample_steps = 8, 0, 8    # the model card's
 rollout_guidance = student_guidance = 1.0   # none, as the model is used
 method = 'danceopd'
 query = 'stratified'                        # all eight states alike

@@ -112,7 +112,7 @@ def _world(tmp_path_factory):
         steps=3, max_steps=4, score='', eval_samples=3, show=1, sample_steps=1, ema_decay=0.9,
         log_every=1, save_every=1000, eval_every=1000)
     settings = dict(
-        common, init_from='base', data=[str(at / 'words.csv'), str(at / 'edits.csv')],
+        common, init_from='base', drop_last=0, data=[str(at / 'words.csv'), str(at / 'edits.csv')],
         teachers=[dict(name='base'), dict(name='one', lora=one), dict(name='two', lora=two)],
         routes=[dict(teacher='one', data='words'), dict(teacher='two', data='edits')])
     reward = [dict(reward=f'{SHAPES}/world.py:reward')]

@@ -187,7 +187,8 @@ def models(world):
 
 def terms_of(method, models, **more):
     """(samples, terms) of one update on four samples."""
-    argv = [f'--{k}={v!r}' for k, v in dict(more, method=method).items()]
+    own = dict(dict(steps=4, drop_last=0) | more, method=method)
+    argv = [f'--{k}={v!r}' for k, v in own.items()]
     c = configure(T.SETTINGS, [*argv, '--batch_size=4', '--micro_batch=4'])
     c.routes = [dict(teacher='one', data='x', size=(24, 24))]
     rows = dict(x=[dict(prompt='a red circle on white', source_image='', target_image='')])

@@ -60,6 +60,15 @@ def test_every_arm_passes_its_scripts_own_checks(study):
             del questions.ARMS['ours'].settings['rank']
 
 
+def test_the_demonstration_is_the_arm_of_its_name(study):
+    script, words, s, data = runs.checked(runs.Run('demonstration', 0), study)
+    own = checks.own_settings(train_opd.SETTINGS, [])
+    train_opd.checks.check(own, train_opd.SETTINGS[0], train_opd.FAMILIES, train_opd.CHOICES)
+    told = 'out_dir', 'score', 'eval_samples', 'show', 'ckpt_keep'         # not what a run learns
+    assert {k: v for k, v in vars(s).items() if k not in told} == {
+        k: v for k, v in vars(own).items() if k not in told}
+
+
 def test_arms_of_a_question_have_steps_of_equal_cost(study):
     study.budget = runs.BUDGET
     for name in ('ours', 'ode', 'high', 'mar-04', 'imitation', 'imitation-paid'):
@@ -105,7 +114,7 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
 def test_averages_and_warm_ups_have_the_same_share_of_all_runs(study):
     study.budget, left = runs.BUDGET, {}
     for name in ('ours', 'ode', 'flow', 'batch8', 'imitation', 'imitation-paid', 'no-ema',
-                 'ours-whole'):
+                 'ours-twice'):
         r = runs.Run(name, 0)
         script, words, s, data = runs.checked(r, study)
         n = runs.steps_of(questions.ARMS[name], script, s, data, study)
@@ -114,7 +123,7 @@ def test_averages_and_warm_ups_have_the_same_share_of_all_runs(study):
         left[name] = decay ** (n * s.updates)
         assert abs(warmup / n - 20 / 250 / questions.ARMS[name].cost) < 0.005, name
     assert left['ours'] == pytest.approx(0.98 ** 250, rel=1e-6) and left.pop('no-ema') == 0
-    assert left.pop('ours-whole') == pytest.approx(0.98 ** 500) == left.pop('flow')
+    assert left.pop('ours-twice') == pytest.approx(0.98 ** 500) == left.pop('flow')
     assert all(x == pytest.approx(left['ours']) for x in left.values())
 
 

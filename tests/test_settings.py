@@ -26,9 +26,10 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / 'run').exists()
     said = capsys.readouterr().out
     for words in ('model .*shapes/base .StableDiffusion3Pipeline.',
-                  'danceopd, 4 steps, ODE, from merge', 'updates +500, from 17000',
+                  'danceopd, 5 steps, ODE, from data/shapes/teachers/local_edit',
+                  'updates +250, from 8500',
                   'samples a step +34 in groups of 1; 34 on each of 1 process',
-                  'route local_edit +teacher local_edit, .* rows, weight 2.0, 24 x 24 pixels'):
+                  'route local_edit +teacher local_edit, .* rows, weight 1.0, 24 x 24 pixels'):
         assert re.search(words, said), said
 
 

@@ -35,7 +35,7 @@ run = ''                            # one run, <arm>/<seed>: what the jobs are
 out = 'out/papers'
 results = 'data/shapes/papers'
 docs = 'docs'
-budget = BUDGET                     # forwards of a run: half of the demonstration's
+budget = BUDGET                     # forwards of a run: the demonstration's
 rows = 256                          # pictures behind a score
 SETTINGS = configurator.collect(sys.modules[__name__])
 # seconds on one thread of an AMD EPYC: a forward that counts one, in training; a picture that

@@ -21,8 +21,9 @@ Scores are shares of pictures that are right, in %, 8 Euler steps, always the sa
 noise: the mean of the seeds (each seed). {pictures}*mean* is over the question's routes; behind it
 the standard error that the pictures alone give one seed's mean. *gap* is the relative gap to the
 teachers' velocities. *cost* is in thousands of forwards, those with gradient counted three times,
-with guidance double, as the code counted them. An arm is the demonstration with the settings that
-its name says (`data/shapes/questions.py`); untrained ones cost nothing. Averages and warm-ups are
+with guidance double, as the code counted them. `ours` is a first recipe, from the merged teachers
+(`COMMON` in `data/shapes/questions.py`), and an arm is that with the settings that its name says;
+untrained ones cost nothing. Averages and warm-ups are
 counted in steps, of which arms have more or fewer: each has them over the same share of its run.
 
 **yes** and **no** ask that every seed agrees in sign and that the difference of the means is above

@@ -17,7 +17,7 @@ import report as reports
 import train_opd
 import train_teacher
 from configurator import BadInput, need
-from questions import ARMS, COMMON, MAKES, SCORED, SEEDS, SKILLS
+from questions import ARMS, COMMON, MAKES, ROLLOUT, SCORED, SEEDS, SKILLS
 from support import checks
 from support.disk import write_text
 from support.files import load_function, read_data
@@ -25,8 +25,8 @@ from support.run import checkpoints, newest
 from train_opd import FAMILIES, Models, plan
 
 POINTS = 5                              # of a run: checkpoints that are scored
-BUDGET = 46750                          # forwards of a run: half of the demonstration's
-UPDATES = 250                           # that the demonstration's recipe makes of it
+BUDGET = 46750                          # forwards of a run: the demonstration's
+UPDATES = 250                           # that the common recipe makes of it
 ALONE = SimpleNamespace(rank=0, size=1)
 Run = namedtuple('Run', 'name seed')    # the name of an arm, with @rate if it has several
 
@@ -187,7 +187,7 @@ def scores(r, c, s, folder, on_trial):
     """Gap and score of a run's checkpoints, of its last if its rate is on trial, or of a start:
     [dict(step, cost, right, gap)]."""
     arm, copied = arm_of(r), 'model dtype base_storage rank alpha lora_targets ema_decay'
-    kept = {k: getattr(s, k) for k in copied.split()} | dict(
+    kept = ROLLOUT | {k: getattr(s, k) for k in copied.split()} | dict(
         routes=[dict(teacher='base', data='local_edit')], routes_per_step='sample',
         data=[f'data/shapes/{k}_val.csv' for k in SKILLS],     # words that are asked for anyway
         init_from=s.init_from if arm.script == 'look' else str(folder / 'start'))
