@@ -40,15 +40,17 @@ def apart(places, distance, most):
 
 def curve(history, path, keys, size=(900, 420)):
     """Each key's numbers in a log's entries over their steps, as a PNG; its name and last number
-    stand at its line's end. A log scale where all is above 0 and spans more than a decade."""
+    stand at its line's end. A log scale where none is below 0 and all span more than a decade; of
+    four decades, at whose bottom lies what is less."""
     lines = {k: [(e['step'], e[k]) for e in history
                  if type(e.get(k)) in (int, float) and abs(e[k]) < 1e30] for k in keys}
     lines = {k: line for k, line in lines.items() if line}
     if not lines:
         return
     xs, ys = map(sorted, zip(*itertools.chain(*lines.values())))
-    log = ys[0] > 0 and ys[-1] > 10 * ys[0]
-    scale = math.log10 if log else float
+    floor = ys[-1] / 1e4                                       # a gap may begin with none
+    log = ys[0] >= 0 and ys[-1] > 10 * max(ys[0], floor)
+    scale = (lambda y: math.log10(max(y, floor))) if log else float
     first, last = xs[0], max(xs[-1], xs[0] + 1)
     margin = 0.04 * (scale(ys[-1]) - scale(ys[0])) or 0.1 * abs(ys[0]) or 1
     low, high = scale(ys[0]) - margin, scale(ys[-1]) + margin

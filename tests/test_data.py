@@ -313,6 +313,14 @@ def test_a_curve_goes_where_its_numbers_go(tmp_path):
     assert straight.shape == (420, 900, 3)
 
 
+def test_a_start_of_nothing_does_not_flatten_the_rest(tmp_path):
+    """As a gap has it that begins as its teacher: no more than four decades are drawn."""
+    none, little, much = ([dict(step=0, a=x), dict(step=1, a=0.5), dict(step=2, a=0.05)]
+                          for x in (0.0, 2e-7, 2e-2))
+    assert (drawn(tmp_path, none, ['a']) == drawn(tmp_path, little, ['a'])).all()
+    assert not (drawn(tmp_path, none, ['a']) == drawn(tmp_path, much, ['a'])).all()
+
+
 def test_the_numbers_at_the_axes_are_round():
     assert plot.ticks(0.003, 3.2, log=True) == pytest.approx([.003, .01, .03, .1, .3, 1, 3])
     assert plot.ticks(0.02, 0.9, log=True) == pytest.approx([.02, .05, .1, .2, .5])
