@@ -41,12 +41,15 @@ def is_number(x):
 
 
 def own_settings(settings, argv):
-    """A run's settings. With another model the demonstration's eval_data and score mean nothing."""
+    """A run's settings. With another model the demonstration's eval_data, score and start mean
+    nothing; such a run begins with its teachers' mean."""
     given = set()
     c = configure(settings, argv, given)
     for k, x in vars(c).items():
         check_texts(k, x)
-    for k, none in (('eval_data', []), ('score', '')):
+    start = settings[0]['init_from']
+    for k, none in (('eval_data', []), ('score', ''),
+                    ('init_from', start if start in STARTS else 'merge')):
         if c.model != settings[0]['model'] and k not in given and getattr(c, k) == settings[0][k]:
             setattr(c, k, none)
     for k in ('model', 'init_from', 'out_dir'):

@@ -34,12 +34,15 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 
 
 def test_only_what_nobody_set_goes_with_another_model(tmp_path):
-    """The demonstration's held-out files and score mean nothing elsewhere, unless asked for."""
+    """The demonstration's held-out files, score and start mean nothing elsewhere, unless asked
+    for."""
     def own(*words):
         return checks.own_settings(T.SETTINGS, words)
     assert own().score and own().eval_data
     other = own('--model=elsewhere')
-    assert other.score == '' and other.eval_data == []
+    assert other.score == '' and other.eval_data == [] and other.init_from == 'merge'
+    assert own('--model=elsewhere', f'--init_from={own().init_from}').init_from == own().init_from
+    assert checks.own_settings(train_teacher.SETTINGS, ['--model=elsewhere']).init_from == 'base'
     assert own('--model=elsewhere', f'--score={own().score}').score == own().score
     (tmp_path / 'c.py').write_text(f'eval_data = {own().eval_data!r}')
     assert own('--model=elsewhere', f'{tmp_path}/c.py').eval_data == own().eval_data

@@ -247,7 +247,8 @@ QUESTIONS = {
          ('own above noised data', 'ours', 'states-data'),
          ('own above imitation', 'ours', 'imitation'),
          ('the same, the pictures counted', 'ours', 'imitation-paid'),
-         ('own without the last step above imitation', 'skip-last', 'imitation')],
+         ('own without the last step above imitation', 'skip-last', 'imitation'),
+         ('the same, the pictures counted', 'skip-last', 'imitation-paid')],
         "Data are the teachers' own pictures of the same rows; drawing them, 19,200 forwards once, "
         'is counted for imitation-paid alone. An update costs 187 forwards, of states-data 136, of '
         'imitation 102: at equal cost these have more of them. A quarter of the states of ours is '
