@@ -83,7 +83,7 @@ method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
 query = 'stratified'                # one of QUERIES below (DanceOPD 'low_noise', Beta(5, 2))
 kl_var = 'true'                     # 'code' leaves out the step's length, as released code does
-drop_last: int | bool = 1           # so many last steps are not learned from (DiffusionOPD's: 1)
+drop_last: int | bool = 1           # last steps that are not learned from (DiffusionOPD's code: 1)
 reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
@@ -500,7 +500,7 @@ def beta(a, b):
     return lambda r, even: r.betavariate(a, b)
 
 
-# Where in a rollout a state is learned from: 0 is its first step, all noise, 1 the end of its last.
+# Where in a rollout a state is learned from: 0 is its first step, all noise, 1 after its last.
 # `even` spreads the queries of a route's samples, and those of one sample, evenly
 QUERIES = dict(stratified=stratified, uniform=uniform,
                low_noise=beta(5, 2), mid_noise=beta(5, 5), high_noise=beta(2, 5))
@@ -776,7 +776,7 @@ METHODS = dict(
 
 @torch.no_grad()
 def mean_gap(route, rows, models, c, world):
-    """Mean relative gap to the teacher, at states spread evenly over the student's rollouts."""
+    """Mean relative gap to the teacher, at states spread evenly over what is learned from."""
     samples, found, n = [], [], c.steps - c.drop_last
     for i, row in enumerate(rows):
         g, query = torch_rng(c.seed, 'gap', route['data'], i), i * n // len(rows)

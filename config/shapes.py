@@ -8,7 +8,7 @@ teachers = [
     dict(name='count', lora='data/shapes/teachers/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
     dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
-routes = [                                  # more for what the start cannot do and is hard
+routes = [                                  # more for what the start cannot do, and what is hard
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=1.5, samples=8),
     dict(teacher='local_edit', data='local_edit', weight=1.0, samples=6),

@@ -1,4 +1,4 @@
-# The demonstration with specialists of your own: counting learned by imitation, a taste learned
+# As the demonstration, with specialists of your own: counting learned by imitation, a taste learned
 # from a reward; the messages say how to make them, a quarter of an hour on one core. Prompts that
 # leave things open are the taste's; where all is named, the base still answers.
 _count = ('python train_teacher.py --out_dir=out/count --data="[\'data/shapes/count.csv\']" '
@@ -24,5 +24,6 @@ eval_data = [f'data/shapes/{_r["data"]}_val.csv' for _r in routes]
 batch_size = 38                             # the sum of the samples
 init_from = 'merge'
 steps, drop_last = 4, 0
-max_steps = 600                             # one route more, and none of them is there at the start
+max_steps = 600
+eval_every = 250
 out_dir = 'out/shapes_taste'

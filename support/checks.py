@@ -119,7 +119,7 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         (c.sde != 'cps' or c.eta <= 1, f"eta = {c.eta}: at most 1 with sde = 'cps', whose noise is "
          "sigma' sin(eta pi / 2)"),
         (c.drop_last < c.steps, f'drop_last = {c.drop_last} leaves nothing of a rollout of '
-         f'{c.steps} step(s)'),
+         f'{c.steps} step(s); set drop_last = 0, or more steps'),
         (c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} '
          f'processes x {updates} updates x groups of {c.group_size}; the nearest that does is '
          f'{max(unit, round(c.batch_size / unit) * unit)}')])
@@ -150,7 +150,7 @@ def check_method(c, reads, rewards):
     policy, kl = 'clip_range' in reads, 'kl_var' in reads
     require([
         (c.queries <= c.steps - c.drop_last, f'queries = {c.queries} distinct states cannot be had '
-         f'from {c.steps - c.drop_last} steps'),
+         f'from {c.steps} steps, of which drop_last = {c.drop_last} are left out'),
         (not policy or not rewards[c.reward].group or c.group_size > 1, f'group_size = 1: reward = '
          f'{c.reward!r} compares the samples of one prompt; at least 2 (Flow-OPD: 16)'),
         (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has '
@@ -241,7 +241,8 @@ def check_routes(c, names):
              f'group_size x updates = {each}, so that every update has its share of every route; '
              f'the nearest: {[max(1, round(p / each)) * each for p in parts]}')
     loras = {t['name'] for t in c.teachers if t.get('lora')} & {r['teacher'] for r in c.routes}
-    need(c.init_from != 'merge' or loras, "init_from = 'merge' needs a route to a LoRA teacher")
+    need(c.init_from != 'merge' or loras, "init_from = 'merge' needs a route to a LoRA teacher; "
+         "or begin with init_from = 'base'")
     return labels
 
 
@@ -378,6 +379,8 @@ def print_plan(c, data, world, plan, methods, Models):
         return
     size, forwards = c.batch_size, rehearsed(c, plan, methods[c.method], Models)
     sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
+    left = c.drop_last if 'drop_last' in methods[c.method].settings else 0
+    sampler += f', the last {left} not learned from' if left else ''
     rows = [('model', f'{c.model} ({data.pipeline or "family unknown until fetched"})'),
             ('method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'),
             ('samples a step', f'{size} in groups of {c.group_size}; {size // world.size} on each '

@@ -241,3 +241,17 @@ def test_diffusionopds_loss_is_the_mean_kl_of_its_steps(more, models):
         torch.testing.assert_close(term.loss.detach(), (kl[0] + 0.5 * kl[1]) / n, rtol=1e-3,
                                    atol=1e-9)
         z = T.advance(streams, z, v, s, t, c.eta)
+
+
+@pytest.mark.parametrize('states', ['student', 'teacher', 'data'])
+def test_a_step_that_is_left_out_is_neither_learned_from_nor_measured(states, world, tmp_path,
+                                                                       monkeypatch):
+    """By what the teachers are asked about, in the whole of a run."""
+    seen, own = set(), T.Models.target
+    monkeypatch.setattr(T.Models, 'target', lambda self, batch, z, sigma: (
+        seen.update(round(x, 5) for x in sigma.tolist()), own(self, batch, z, sigma))[1])
+    of_edits = dict(routes=[dict(teacher='two', data='edits')], query='uniform', states=states)
+    world.distil(tmp_path, steps=4, drop_last=1, max_steps=6, **of_edits)
+    sigmas = T.open_field(str(SHAPES / 'base')).sigmas(4, 24, 24).tolist()
+    sigmas = [round(x, 5) for x in sigmas[:4]]
+    assert {*sigmas[:3]} <= seen and not {sigmas[3], 0.25} & seen         # .25: of the rehearsal

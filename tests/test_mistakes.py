@@ -85,7 +85,7 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     "sde = 'dance' is about noise: give it an eta": set_to(sde='dance'),
     "dtype: 'float16' is not one of": set_to(dtype='float16'),
     'queries = 5 distinct states cannot be had from 3 steps': set_to(queries=5),
-    'queries = 3 distinct states cannot be had from 2 steps': set_to(queries=3, drop_last=1),
+    'from 3 steps, of which drop_last = 1 are left out': set_to(queries=3, drop_last=1),
     'drop_last = 3 leaves nothing of a rollout of 3': set_to(method='diffusionopd', drop_last=3),
     "'one': teachers are dict": set_to(teachers=['one']),
     "'words': teachers are dict.*routes dict": set_to(routes=['words']),

@@ -132,7 +132,7 @@ def made_up(end, seed=0, cost=1000.0, lr=0.008, **more):
     points = [dict(step=i, cost=cost * i / 5, gap=dict.fromkeys(questions.SKILLS, 0.1),
                    right=dict.fromkeys(questions.SCORED, end * i / 5)) for i in range(1, 6)]
     about = dict(machine='a machine', torch='2', seconds=60.0, commit='')
-    return dict(seed=seed, cost=cost, lr=lr, rows=256, points=points, about=about, **more)
+    return dict(seed=seed, cost=cost, lr=lr, rows=256, steps=5, points=points, about=about, **more)
 
 
 def test_verdicts():
@@ -171,6 +171,8 @@ def test_order_and_rates(study):
     found['k4@0.004', 0]['points'][:4] = []
     assert one in papers.missing(study, found) and not papers.done(one, study, found)
     assert papers.done(runs.Run('k4@0.004', 0), study, found)
+    found['k4@0.008', 0]['steps'] = 1                          # of a run of one step that is all
+    assert papers.done(one, study, found)
     assert papers.minutes_of(one, study, {}) < papers.minutes_of(one, study, found)
     found['k4@0.008', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
     assert report.best_rate('k4', found) == 'k4@0.016'

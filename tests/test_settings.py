@@ -19,6 +19,13 @@ def test_nothing_of_the_demonstration_is_in_another_models_config(path):
         smallest = min(c.resolution) if isinstance(c.resolution, (list, tuple)) else c.resolution
         assert not c.score and smallest >= 512
         assert not any('shapes' in str(v) for v in (c.data, c.eval_data, c.out_dir))
+        given = set()
+        configure(script_of(path).SETTINGS, [str(path)], given)
+        assert script_of(path) is train_teacher or {'init_from', 'steps', 'drop_last'} <= given
+
+
+def test_the_demonstrations_config_is_what_the_script_does_without_one():
+    assert vars(settings_of(ROOT / 'config' / 'shapes.py')) == vars(configure(T.SETTINGS, []))
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
@@ -26,7 +33,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / 'run').exists()
     said = capsys.readouterr().out
     for words in ('model .*shapes/base .StableDiffusion3Pipeline.',
-                  'danceopd, 5 steps, ODE, from data/shapes/teachers/local_edit',
+                  'danceopd, 5 steps, ODE, the last 1 not learned from, from data/shapes/',
                   'updates +250, from 8500',
                   'samples a step +34 in groups of 1; 34 on each of 1 process',
                   'route local_edit +teacher local_edit, .* rows, weight 1.0, 24 x 24 pixels'):

@@ -118,7 +118,8 @@ ARMS = {
     'from-local': arm(init_from=TEACHER + 'local_edit'),
     'from-global': arm(init_from=TEACHER + 'global_edit'),
     'from-student': arm(init_from='{out}/ours/{other}/latest', needs=('ours/{other}',)),
-    # published recipes, at twice the demonstration's cost: their loss, rollout, routing and start
+    # published recipes, at twice the demonstration's cost: their loss, rollout, routing and start;
+    # and what the study led to, at once its cost
     'ours-twice': arm(cost=2),
     'found': arm(**FOUND), 'found-skip': arm(steps=5, drop_last=1, **FOUND),
     'demonstration': arm(steps=5, drop_last=1, init_from=TEACHER + 'local_edit', **split(
@@ -192,7 +193,7 @@ CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
 # of two panels, for the README
 PICTURE = [
     ('Which method? (from the merge)', ['ours', 'ode', 'sde', 'flow-k1', 'imitation-paid']),
-    ('Which start? (by our method)', ['ours', 'base-ours', 'from-count', 'from-global',
+    ('Which start, which shares? (danceopd)', ['ours', 'base-ours', 'from-count', 'from-global',
                                       'from-local', 'found', 'demonstration'])]
 
 
@@ -238,7 +239,7 @@ QUESTIONS = {
         "The last four at half of the others' cost. Flow-OPD's groups have 4 samples, not 16. "
         'found begins with the local teacher, and gives samples to what that lacks; found-skip has '
         'five steps, of which the last, at a noise of .009, is not learned from; the demonstration '
-        'has a little more of counts, and a little less of global edits.'),
+        'has a little more of counts than that, and a little less of global edits.'),
     'onpolicy': question(
         "Does it matter whose states are learned from?", "DanceOPD and DiffusionOPD: the student's "
         "own above noised data and above the teacher's rollouts; both above imitation.",
