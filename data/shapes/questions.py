@@ -192,7 +192,8 @@ CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
 
 # of two panels, for the README
 PICTURE = [
-    ('Which method? (from the merge)', ['ours', 'ode', 'sde', 'flow-k1', 'imitation-paid']),
+    ('Which method? (from the merge)', ['ours', 'skip-last', 'ode', 'sde', 'flow-k1',
+                                        'states-teacher', 'imitation-paid']),
     ('Which start, which shares? (danceopd)', ['ours', 'base-ours', 'from-count', 'from-global',
                                       'from-local', 'found', 'demonstration'])]
 

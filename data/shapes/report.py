@@ -278,18 +278,21 @@ def plot(panels, found, path):
     from matplotlib import pyplot
     figure, places = pyplot.subplots(1, len(panels), figsize=(3.5 + 4 * len(panels), 4.2),
                                      squeeze=False, sharey=True)
+    ends = []
     for axes, (title, names) in zip(places[0], panels):
-        draw(axes, [a for a in names if curves(a, found)], found)
+        ends.append(draw(axes, [a for a in names if curves(a, found)], found))
         axes.set(xlabel='cost, thousand forwards', title=title)
         axes.spines[['top', 'right']].set_visible(False)
     places[0, 0].set(ylabel='right, %')
+    for axes, some in zip(places[0], ends):                    # now that all know how high they are
+        spaced(axes, some)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches='tight', metadata=dict(Software=None))
     pyplot.close(figure)
 
 
 def draw(axes, names, found):
-    """The seeds thin, their mean thick, the name at the end of the line."""
+    """The seeds thin, their mean thick: where each ends, with its name."""
     ends = []
     for i, name in enumerate(names):
         lines, colour = curves(name, found), COLOURS[i % len(COLOURS)]
@@ -299,7 +302,7 @@ def draw(axes, names, found):
         average = [(mean([p[0] for p in at]), mean([p[1] for p in at])) for at in zip(*lines)]
         axes.plot(*zip(*average), style, color=colour, linewidth=2.2)
         ends.append((average[-1], name, colour))
-    spaced(axes, ends)
+    return ends
 
 
 def spaced(axes, ends):
