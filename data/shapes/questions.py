@@ -67,6 +67,7 @@ TEACHER = 'data/shapes/teachers/'
 # study made of it
 ROLLOUT = dict(steps=4, drop_last=0)
 COMMON = dict(init_from='merge', **ROLLOUT, **split(2, 2, 15, 15))
+SKIP = dict(steps=5, drop_last=1)        # as many states, none of them at the last step's noise
 EDITS = 'local_edit', 'global_edit'
 FROM_BASE = dict(init_from='base', lora_targets=LAYERS)        # the teachers' layers, as all have
 # of all four routes, also where not all are trained
@@ -121,8 +122,8 @@ ARMS = {
     # published recipes, at twice the demonstration's cost: their loss, rollout, routing and start;
     # and what the study led to, at once its cost
     'ours-twice': arm(cost=2),
-    'found': arm(**FOUND), 'found-skip': arm(steps=5, drop_last=1, **FOUND),
-    'demonstration': arm(steps=5, drop_last=1, init_from=TEACHER + 'local_edit', **split(
+    'found': arm(**FOUND), 'found-skip': arm(**SKIP, **FOUND),
+    'demonstration': arm(init_from=TEACHER + 'local_edit', **SKIP, **split(
         2, 8, 6, 18, weights=dict(t2i=0.5, count=1.5, local_edit=1.0, global_edit=2.0))),
     'dance': arm(cost=2, rates=LOW, steps=16, query='low_noise', routes_per_step=1,
                  routes=routes(weights=EVEN), init_from=TEACHER + 'local_edit'),
@@ -139,7 +140,7 @@ ARMS = {
     # which states
     'low': arm(query='low_noise'), 'mid': arm(query='mid_noise'), 'high': arm(query='high_noise'),
     'uniform': arm(query='uniform'),
-    'skip-last': arm(steps=5, drop_last=1), 'steps2': arm(steps=2), 'steps8': arm(steps=8),
+    'skip-last': arm(**SKIP), 'steps2': arm(steps=2), 'steps8': arm(steps=8),
     'steps16': arm(steps=16),
     # routing
     'one-route': arm(routes_per_step=1, routes=routes(), rates=LOW),
@@ -195,7 +196,7 @@ PICTURE = [
     ('Which method? (from the merge)', ['ours', 'skip-last', 'ode', 'sde', 'flow-k1',
                                         'states-teacher', 'imitation-paid']),
     ('Which start, which shares? (danceopd)', ['ours', 'base-ours', 'from-count', 'from-global',
-                                      'from-local', 'found', 'demonstration'])]
+                                              'from-local', 'found', 'demonstration'])]
 
 
 def question(asks, claim, arms, contrasts, note=''):

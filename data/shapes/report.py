@@ -98,9 +98,8 @@ def on_trial(run, seed, found):
 
 def half_scored(run, seed, found):
     """Was it on trial, and is it now the best?"""
-    numbers = found[run, seed]
-    all_of_it = numbers['steps'] == 1 or len(numbers['points']) != 1
-    return '@' in run and not on_trial(run, seed, found) and not all_of_it
+    steps, points = found[run, seed]['steps'], found[run, seed]['points']
+    return '@' in run and not on_trial(run, seed, found) and len(points) == 1 and steps > 1
 
 
 def runs_of(name, found):
@@ -280,7 +279,7 @@ def plot(panels, found, path):
                                      squeeze=False, sharey=True)
     ends = []
     for axes, (title, names) in zip(places[0], panels):
-        ends.append(draw(axes, [a for a in names if curves(a, found)], found))
+        ends.append(draw(axes, names, found))
         axes.set(xlabel='cost, thousand forwards', title=title)
         axes.spines[['top', 'right']].set_visible(False)
     places[0, 0].set(ylabel='right, %')
@@ -294,7 +293,7 @@ def plot(panels, found, path):
 def draw(axes, names, found):
     """The seeds thin, their mean thick: where each ends, with its name."""
     ends = []
-    for i, name in enumerate(names):
+    for i, name in enumerate(a for a in names if curves(a, found)):
         lines, colour = curves(name, found), COLOURS[i % len(COLOURS)]
         style = '-' if i < len(COLOURS) else '--'
         for line in lines:

@@ -2,7 +2,7 @@
 One run of data/shapes/papers.py: its settings, its training by train_opd.py or train_teacher.py,
 and the scores of its checkpoints. `r` is a Run, `c` the settings of papers.py.
 """
-import ast, csv, functools, json, os, platform, subprocess, sys, time
+import ast, csv, functools, json, math, os, platform, subprocess, sys, time
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,11 @@ def spent(arm, c):
     return round(arm.spent * c.budget / BUDGET)
 
 
+def cost_until(step, r, c, log):
+    """Forwards of a run up to a step, as its log has them."""
+    return spent(arm_of(r), c) + sum(x.get('cost', 0) for x in log if x['step'] <= step)
+
+
 def rehearsed(script, s, data, steps=10):
     """Forwards of a step."""
     if script is train_teacher:
@@ -146,9 +151,9 @@ def train_and_score(r, c, folder, on_trial):
     if r.name in MAKES:
         return
     points = [] if failed else scores(r, c, s, folder, on_trial)
-    log, cost = read_log(folder), spent(arm_of(r), c)
+    log = read_log(folder)
     numbers = dict(arm=arm_name(r.name), seed=r.seed, lr=s.lr, steps=steps, rows=c.rows,
-                   differs=arm_of(r).settings, cost=cost + sum(e.get('cost', 0) for e in log),
+                   differs=arm_of(r).settings, cost=cost_until(math.inf, r, c, log),
                    failed=failed, points=points)
     if sigmas := [e['sigma'] for e in log if 'sigma' in e]:
         numbers['sigma'] = sum(sigmas) / len(sigmas)
@@ -205,9 +210,8 @@ def scores(r, c, s, folder, on_trial):
     models = Models.open(FAMILIES, e, torch.device('cpu'), data, held, e.teachers,
                          saved[-1] if saved else None)
     found = [scored(p, models, e, held, folder) for p in saved or [None]]
-    log, begun = read_log(folder), spent(arm, c)
-    return [dict(p, cost=begun + sum(x.get('cost', 0) for x in log if x['step'] <= p['step']))
-            for p in found]
+    log = read_log(folder)
+    return [dict(p, cost=cost_until(p['step'], r, c, log)) for p in found]
 
 
 def scored(checkpoint, models, e, held, folder):
