@@ -4,7 +4,7 @@ How fast are a run's steps here? Settings are train_opd.py's, and those below. S
     python bench.py --device=cpu --sizes=12,24 --batches=4,16               the shapes
     python bench.py config/sd35_opd.py --sizes=512,1024 --batches=1,2,4,8 --switches=plain,compile
 """
-import copy, itertools, multiprocessing, resource, sys, time
+import copy, itertools, multiprocessing, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -15,6 +15,7 @@ import train_opd as T
 from configurator import collect, need
 from support import checks
 from support.files import one_line
+from support.log import peak_memory
 from support.models import learning_rate
 from support.processes import launch
 
@@ -58,8 +59,7 @@ def measure(c):
                 timed(sum(s.share * x for s, x in zip(term.batch, term.loss)).backward)
             models.student.update(learning_rate(step, c), c, world)
     seconds, n = now() - start, c.timed_steps * c.batch_size
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(0).ru_maxrss * 1024
-    return n / seconds, models.spent / n, sum(inside) / seconds, peak / 1e9
+    return n / seconds, models.spent / n, sum(inside) / seconds, peak_memory() / 1e9
 
 
 def main(argv):

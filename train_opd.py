@@ -26,7 +26,7 @@ import torch
 
 import configurator
 from configurator import collect, need
-from support import checks
+from support import checks, rehearsal
 from support.files import load_image, load_images, shown, to_picture
 from support.judges import group_advantage
 from support.models import Network, find_family, learning_rate, open_field
@@ -95,7 +95,7 @@ anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 max_steps = 250
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 30                    # samples a forward; the rest is gradient accumulation
-lr = 8e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
+lr = 8e-3                           # (DanceOPD 2e-4: also another model's, DiffusionOPD 3e-4)
 lr_schedule = 'cosine'              # or 'constant'
 warmup = 20                         # steps
 weight_decay = 0.0                  # (DiffusionOPD 1e-4)
@@ -475,12 +475,13 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
 def draw_queries(key, s, c):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
     n, r, inside, taken = c.steps - c.drop_last, rng(*key, 'rule'), rng(*key).random(), []
+    rule = QUERIES[c.query]
     if c.queries == n:                                         # the only choice
         return list(range(n))
     for k in range(c.queries):
         even = (k + (s.slot + inside) / s.of) / c.queries
         for _ in range(10 ** 6):                               # Beta's tails are thin
-            i = min(int(QUERIES[c.query](r, even) * n), n - 1)
+            i = min(int(rule(r, even) * n), n - 1)
             if i not in taken:
                 break
         need(i >= 0 and i not in taken, f'query = {c.query!r} has no {c.queries} distinct steps')
@@ -641,10 +642,10 @@ def distil(batch, models, c, z, sigma, v, v_target, factor, error=velocity_error
     """The weighted error of the student's velocity v at states z, as a term."""
     loss = factor * error(v, v_target)
     numbers = dict(loss=loss.detach(), sigma=sigma, gap=relative_gap(v.detach(), v_target))
-    return Term(batch, loss + anchored(batch, models, c, z, sigma, v, factor), numbers)
+    return Term(batch, loss + anchored(batch, models, c, z, sigma, v, factor, error), numbers)
 
 
-def anchored(batch, models, c, z, sigma, v, factor):
+def anchored(batch, models, c, z, sigma, v, factor, error=velocity_error):
     """Flow-OPD's MAR, for all methods: the same error to the base or to another teacher, with the
     teacher's own guidance if it has one."""
     if not c.anchor:
@@ -652,7 +653,7 @@ def anchored(batch, models, c, z, sigma, v, factor):
     w = models.teachers.get(c.anchor, {}).get('guidance', c.student_guidance)
     with torch.no_grad():
         v_anchor = models.velocity(c.anchor, batch, z, sigma, w)
-    return c.anchor_beta * factor * velocity_error(v, v_anchor)
+    return c.anchor_beta * factor * error(v, v_anchor)
 
 
 def danceopd(samples, models, c, error=velocity_error):
@@ -832,7 +833,7 @@ def main(argv):
     c = checks.own_settings(SETTINGS, argv)
     data = checks.check(c, SETTINGS[0], FAMILIES, CHOICES)
     world = launch(c.device, c.tf32)
-    checks.print_plan(c, data, world, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
+    rehearsal.print_plan(c, data, world, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
     if c.dry_run:
         return checks.tell_dry_run(c, world)
 

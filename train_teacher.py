@@ -23,8 +23,7 @@ import torch
 import configurator
 import train_opd
 from configurator import collect, need
-from support import checks, rewards
-from support.checks import is_number
+from support import checks, rehearsal, rewards
 from support.files import judged, load_images, shown
 from support.judges import Judges, group_advantage
 from support.models import learning_rate
@@ -87,51 +86,38 @@ SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in DISTILLATION}, 
 
 
 def check(c):
-    method, trained, G = c.method, c.steps - c.drop_last, c.group_size
     choices = dict(checks.CHOICES, method=METHODS, sde=train_opd.SDES,
                    sigmas=('logit_normal', 'uniform'))
     checks.check_choices(c, choices)
     checks.check_settings(c, SETTINGS[0], choices, (*checks.ABOVE_0, 'eta', 'timestep_fraction'),
-                          dealt=deals_groups(method))
+                          dealt=not in_pairs(c))
+    trained, G, pairs = c.steps - c.drop_last, c.group_size, in_pairs(c)
+    c.reward = [] if imitates(c) else c.reward                 # unread: no model is loaded for it
     checks.require([(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
                     for k in ('timestep_fraction', 'prompt_dropout', 'gamma')])
     checks.require([
-        (method != 'grpo' or G > 1, 'group_size = 1: GRPO compares the samples of one prompt; at '
-         'least 2 (DanceGRPO: 12)'),
-        (method != 'sdpo' or G == 2, f'group_size = {G}: SDPO compares two trajectories of one '
+        (c.reward or imitates(c), 'reward is empty: give at least one dict(reward=...)'),
+        (G > 1 or pairs or imitates(c), 'group_size = 1: GRPO compares the samples of one prompt; '
+         'at least 2 (DanceGRPO: 12)'),
+        (not pairs or G == 2, f'group_size = {G}: SDPO compares two trajectories of one '
          'start; set group_size = 2'),
-        (method != 'sdpo' or c.same_noise, "same_noise = False: SDPO's pairs start from one noise"),
-        (method != 'sdpo' or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a '
-         'forward; at least 2'),
-        (method != 'sdpo' or c.updates <= trained, f'updates = {c.updates}: at most one for each '
-         f'of the {trained} steps that are trained'),
+        (not pairs or c.same_noise, "same_noise = False: SDPO's pairs start from one noise"),
+        (not pairs or c.micro_batch > 1, 'micro_batch = 1: two of a pair share a forward; at '
+         'least 2'),
+        (not pairs or c.updates <= trained, f'updates = {c.updates}: at most one for each of '
+         f'the {trained} steps that are trained'),
         (c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)'),
         (c.best_of == 0 or 2 <= c.best_of <= G, f'best_of = {c.best_of}: 0, or from 2 to '
          f'group_size = {G}'),
-        (c.sde != 'cps' or c.drop_last or method == 'sft', "sde = 'cps' ends without noise: set "
+        (c.sde != 'cps' or c.drop_last or imitates(c), "sde = 'cps' ends without noise: set "
          'drop_last = 1'),
         (c.sde != 'cps' or c.kl_var == 'true', "kl_var = 'code' is about 'flow' and 'dance'; with "
          "sde = 'cps' leave it at 'true'"),
         (c.init_from != 'merge', "init_from = 'merge' belongs to train_opd.py; here: base, resume "
          'or an adapter')])
-    check_rewards(c)
+    checks.check_rewards(c)
     c.routes = []                                              # one a bucket of the data
-    return checks.check_data(c, FAMILIES, need_target=method == 'sft')
-
-
-def check_rewards(c):
-    given = c.reward if c.method != 'sft' else ()
-    need(c.method == 'sft' or given, 'reward is empty: give at least one dict(reward=...)')
-    for x in given:
-        known = isinstance(x, dict) and set(x) <= {'reward', 'weight'}
-        need(known and isinstance(x.get('reward'), str), f'reward {x!r}: a dict(reward=name, '
-             'weight=number)')
-        need(is_number(x.get('weight', 1)), f'reward {x["reward"]!r}: weight must be more than 0, '
-             f'not {x.get("weight")!r}')
-    names = [x['reward'] for x in given]
-    need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
-    for name in names + [c.watch_reward] * bool(c.watch_reward):
-        rewards.check(name)
+    return checks.check_data(c, FAMILIES, need_target=imitates(c))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,9 +347,15 @@ METHODS = dict(
     sdpo=Method(sdpo, (*ROLLOUT, 'gamma', 'buffer')))
 
 
-def deals_groups(method):
-    """A step's groups are dealt among its updates; SDPO deals the steps of its rollouts instead."""
-    return 'gamma' not in METHODS[method].settings
+# a method is known by what its entry declares
+def imitates(c):
+    """No reward: it learns from the data's own pictures."""
+    return 'reward' not in METHODS[c.method].settings
+
+
+def in_pairs(c):
+    """As SDPO, whose updates share the steps of a rollout; those of others share groups."""
+    return 'buffer' in METHODS[c.method].settings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,7 +372,7 @@ def evaluate(step, held, models, c, folder):
             folder.stills[label] = *pairs, render('base', route, few, models, c, world)
         with student.wearing(student.ema):
             now = render('student', route, rows, models, c, world)
-            if c.method == 'sft' and all(row['target_image'] for row in rows):
+            if imitates(c) and all(row['target_image'] for row in rows):
                 found[f'loss/{label}'] = held_loss(route, rows, models, c, world)
         for name, f in {**judges.rewards, **judges.watched}.items():
             checked = partial(rewards.checked, name, f, folder=folder.out)
@@ -408,15 +400,16 @@ def main(argv):
     data = check(c)
     world = launch(c.device, c.tf32)
     if world.rank == 0:
-        print(f'{c.method} on {c.model}, {c.batch_size} samples a step in groups of {c.group_size}')
+        print(f'{c.method} on {c.model}, rate {c.lr:g}, {c.batch_size} samples a step in groups of '
+              f'{c.group_size}')
         for k, b in data.buckets.items():
             print(f'bucket {k:20s} {data.told(k)}')
     if c.dry_run:
         return checks.tell_dry_run(c, world)
     c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance
     samples_of = partial(plan, c=c, buckets=data.buckets, world=world,
-                         same_noise=c.same_noise and c.method != 'sft',
-                         updates=c.updates if deals_groups(c.method) else 1)
+                         same_noise=c.same_noise and not imitates(c),
+                         updates=1 if in_pairs(c) else c.updates)
 
     folder = Folder(c, world)
     held = data.drawn(c.seed, max(c.eval_samples, c.show))
@@ -432,6 +425,7 @@ def main(argv):
         samples, models.spent, world.stop.busy = samples_of(step), 0, True
         for terms in METHODS[c.method].updates(samples, models, c):
             for term in terms:
+                rehearsal.check_term(term, c.method)           # of one's own: not rehearsed before
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
                 log.note(term.batch, **term.numbers)

@@ -1,23 +1,21 @@
 """
-All that can be known before weights are loaded: settings, routes, teachers, data, sizes; and the
-table that a run prints first. A rule is (does it hold, what to say if not); the first that does not
-is said. Nothing here is needed to understand a method, and a method is not named here: its settings
-are known by those that its entry in METHODS declares: one that reads clip_range, say, is a policy
-gradient.
+All that can be known before weights are loaded: settings, routes, teachers, data, sizes. A rule is
+(does it hold, what to say if not); the first that does not is said. Nothing here is needed to
+understand a method, and a method is not named here: it is known by the settings that its entry in
+METHODS declares: one that reads clip_range, say, is a policy gradient.
 """
 import math, os, re
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import merge_lora
 from configurator import BadInput, configure, need
+from support import rewards
 from support.disk import place
 from support.files import REMAKE, is_hub_id, load_function, model_configs, open_buckets
 from support.models import check_sizes, find_family
-from support.rewards import MODELS
 
 CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
                base_storage=('', 'float8'),
@@ -25,6 +23,9 @@ CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
 ABOVE_0 = 'lr', 'alpha', 'clip_range', 'adv_clip'
 FROM_0 = 'drop_last', 'warmup', 'score_samples', 'best_of'     # integers; others are at least 1
 MOST = dict(lr=1.0, weight_decay=1.0, rank=4096)       # beyond which nothing is learned but a typo
+# what a run has that nobody set, where the demonstration's own would mean nothing: with another
+# model. (DanceOPD's rate; the shapes' would tear a real model apart)
+ELSEWHERE = dict(eval_data=[], score='', init_from='merge', lr=2e-4)
 STARTS = 'base', 'merge', 'resume'                     # of init_from, which else names an adapter
 HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)+')             # owner/repo, or a folder in it
 # names that a config waits to have filled in
@@ -41,17 +42,14 @@ def is_number(x):
 
 
 def own_settings(settings, argv):
-    """A run's settings. With another model the demonstration's eval_data, score and start mean
-    nothing; such a run begins with its teachers' mean."""
+    """A run's settings."""
     given = set()
     c = configure(settings, argv, given)
     for k, x in vars(c).items():
         check_texts(k, x)
-    start = settings[0]['init_from']
-    for k, none in (('eval_data', []), ('score', ''),
-                    ('init_from', start if start in STARTS else 'merge')):
-        if c.model != settings[0]['model'] and k not in given and getattr(c, k) == settings[0][k]:
-            setattr(c, k, none)
+    kept = {'init_from'} if settings[0]['init_from'] in STARTS else set()    # a teacher's: base
+    for k in set(ELSEWHERE) - given - kept if c.model != settings[0]['model'] else ():
+        setattr(c, k, ELSEWHERE[k])
     for k in ('model', 'init_from', 'out_dir'):
         setattr(c, k, os.path.expanduser(getattr(c, k)))
     return c
@@ -97,9 +95,12 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
         need(not r.attached or r.of_action.__name__ == 'minus_kl' and not r.group,
              f'REWARDS: {name!r} is attached, which is minus the KL with its own gradient and no '
              'group: of_action is minus_kl, and group is False')
+    reads = methods[c.method].settings
     for k in sorted({k for m in methods.values() for k in m.settings}):
-        need(k in methods[c.method].settings or getattr(c, k) == defaults[k], f'{k}: method = '
+        all_steps = k == 'drop_last' and c.drop_last == 0      # are what it learns from
+        need(k in reads or getattr(c, k) == defaults[k] or all_steps, f'{k}: method = '
              f'{c.method!r} does not read it; leave it at {defaults[k]!r}')
+    c.drop_last *= 'drop_last' in reads
     world = int(os.environ.get('WORLD_SIZE', 1))
     updates = c.updates if dealt else 1
     unit = c.group_size * updates * world
@@ -145,19 +146,19 @@ def check_path(what, path, mend=''):
          f'{what}: {path} does not exist{mend}')
 
 
-def check_method(c, reads, rewards):
+def check_method(c, reads, kinds):
     """What a method that reads these settings asks of them."""
     policy, kl = 'clip_range' in reads, 'kl_var' in reads
     require([
         (c.queries <= c.steps - c.drop_last, f'queries = {c.queries} distinct states cannot be had '
          f'from {c.steps} steps, of which drop_last = {c.drop_last} are left out'),
-        (not policy or not rewards[c.reward].group or c.group_size > 1, f'group_size = 1: reward = '
+        (not policy or not kinds[c.reward].group or c.group_size > 1, f'group_size = 1: reward = '
          f'{c.reward!r} compares the samples of one prompt; at least 2 (Flow-OPD: 16)'),
         (not policy or c.eta > 0, 'eta = 0: a policy gradient needs a random policy; Flow-OPD has '
          '0.7'),
         (not policy or c.rollout_guidance == c.student_guidance, 'a policy gradient improves the '
          'policy that drew the samples: rollout_guidance and student_guidance must be equal'),
-        (c.kl_var == 'true' or not policy or rewards[c.reward].attached, "kl_var = 'code' is about "
+        (c.kl_var == 'true' or not policy or kinds[c.reward].attached, "kl_var = 'code' is about "
          f"a KL that keeps its gradient; reward = {c.reward!r} has none: leave it at 'true'"),
         (c.kl_var == 'true' or c.eta, "kl_var = 'code' is about an SDE's variance: it needs eta "
          'above 0'),
@@ -181,6 +182,8 @@ def check_teachers(c):
             (names.count(name) == 1, f'two teachers are called {name!r}; give each its own name'),
             (is_number(t.get('guidance', 1)), f'teacher {name!r}: guidance must be more than 0, '
              f'not {t.get("guidance")!r}')])
+        need('weight' not in t or c.mixing == 'soft', f'teacher {name!r}: its weight is for mixing '
+             "= 'soft'; how often it is asked says the weight of its route")
         check_weights(t, name)
     need(c.anchor in ('', 'base', *names), f'anchor: no teacher is called {c.anchor!r}; there are: '
          f'{", ".join(names)}')
@@ -246,6 +249,20 @@ def check_routes(c, names):
     return labels
 
 
+def check_rewards(c):
+    """A teacher's."""
+    for x in c.reward:
+        known = isinstance(x, dict) and set(x) <= {'reward', 'weight'}
+        need(known and isinstance(x.get('reward'), str), f'reward {x!r}: a dict(reward=name, '
+             'weight=number)')
+        need(is_number(x.get('weight', 1)), f'reward {x["reward"]!r}: weight must be more than 0, '
+             f'not {x.get("weight")!r}')
+    names = [x['reward'] for x in c.reward]
+    need(len(set(names)) == len(names), f'reward: one stands there twice: {", ".join(names)}')
+    for name in names + [c.watch_reward] * bool(c.watch_reward):
+        rewards.check(name)
+
+
 def pixels(x):
     """A resolution as (height, width)."""
     size = (x, x) if type(x) is int else tuple(x) if isinstance(x, (list, tuple)) else ()
@@ -300,95 +317,7 @@ def tell_dry_run(c, world):
     unseen = [f'{what} {path}' for what, path in named if path and is_hub_id(path)]
     asked = [r['reward'] for r in c.reward] if isinstance(c.reward, list) else []
     asked += [c.watch_reward] if getattr(c, 'watch_reward', '') else []
-    unseen += [f'reward {name}' for name in asked if name.partition('@')[0] in MODELS]
+    unseen += [f'reward {name}' for name in asked if name.partition('@')[0] in rewards.MODELS]
     if world.rank == 0:
         print('dry run: settings and data are fine' + bool(unseen) *
               f'; not looked at, for they come from elsewhere: {", ".join(unseen)}')
-
-
-# --------------------------------------------------------------------------------------------------
-# The table before step 0
-
-class Blank:
-    """A family that answers zeros: a method is rehearsed on it, and its forwards counted."""
-    device = torch.device('cpu')
-
-    def shape(self, height, width):
-        return 1, 2, 2
-
-    def sigmas(self, n, height, width):
-        return torch.linspace(1, 0, n + 1)
-
-    def first_state(self, eps, n, height, width):
-        return eps
-
-    def encode_image(self, x):
-        return x.new_zeros(len(x), 1, 2, 2)
-
-    def velocity(self, z, sigma, cond):
-        return torch.zeros_like(z)
-
-    def guide(self, v, v_empty, w):
-        return v
-
-
-def rehearsed(c, plan, method, Models, steps=3):
-    """Forwards of a step, the mean of the first ones as they are planned: with gradient they count
-    three, with guidance double."""
-    models = Models.__new__(Models)
-    vars(models).update(
-        field=Blank(), full={}, adapters=(), layers=(), schedules={}, mixing=c.mixing,
-        offload=False, teachers={t['name']: t for t in c.teachers},
-        prompts=SimpleNamespace(condition=lambda batch: [setattr(s, 'cond', ()) for s in batch]))
-    seen = Seen(c)
-    for step in range(steps):
-        samples = plan(step, world=SimpleNamespace(rank=0, size=1))
-        for terms in method.updates(samples, models, seen):
-            need(not hasattr(terms, 'loss'), f'method {c.method!r} yields a Term where a generator '
-                 'of the terms of an update belongs')
-            for term in terms:
-                check_term(term, c.method)
-    held = getattr(c, 'anchor', '')                            # a teacher's settings have none
-    need(not held or 'anchor' in seen.asked, f'anchor is set, but method {c.method!r} does not '
-         'read it: its loss has no `anchored` in it')
-    return models.spent / steps
-
-
-class Seen:
-    """Settings that remember which of them were asked for."""
-
-    def __init__(self, c):
-        self.c, self.asked = c, set()
-
-    def __getattr__(self, name):
-        self.asked.add(name)
-        return getattr(self.c, name)
-
-
-def check_term(term, method):
-    need(hasattr(term, 'loss') and hasattr(term, 'numbers'), f'method {method!r} yields a '
-         f'{type(term).__name__} where a Term belongs')
-    shape = tuple(getattr(term.loss, 'shape', ()))
-    need(shape == (len(term.batch),), f'method {method!r} gives a loss of shape {shape} for '
-         f'{len(term.batch)} samples: it should be one number a sample')
-
-
-def print_plan(c, data, world, plan, methods, Models):
-    """What follows from the settings; one process says it."""
-    if world.rank:
-        return
-    size, forwards = c.batch_size, rehearsed(c, plan, methods[c.method], Models)
-    sampler = f'SDE {c.sde} {c.eta}' if c.eta else 'ODE'
-    left = c.drop_last if 'drop_last' in methods[c.method].settings else 0
-    sampler += f', the last {left} not learned from' if left else ''
-    rows = [('model', f'{c.model} ({data.pipeline or "family unknown until fetched"})'),
-            ('method', f'{c.method}, {c.steps} steps, {sampler}, from {c.init_from}'),
-            ('samples a step', f'{size} in groups of {c.group_size}; {size // world.size} on each '
-             f'of {world.size} process(es), {c.micro_batch} a forward'),
-            ('forwards a step', f'{forwards:.0f}, {forwards / size:.1f} a sample, teachers '
-             'included; with gradient they count three, with guidance double'),
-            ('updates', f'{c.max_steps * c.updates}, from {c.max_steps * size} rollouts')]
-    rows += [(f'route {r["data"]}', f'teacher {r["teacher"]}, {data.told(r["data"])}, '
-              f'weight {r.get("weight", 1)}, {"%d x %d" % r["size"]} pixels') for r in c.routes]
-    for name, text in rows:
-        print(f'{name:22s} {text}')

@@ -34,7 +34,7 @@ class Judges:
 
     def __init__(self, c, folder):
         device, self.folder, self.failed = folder.world.device, folder, None
-        given = c.reward if c.method != 'sft' else []
+        given = c.reward
         self.weights = {x['reward']: x.get('weight', 1.0) for x in given}
         self.rewards = {name: rewards.load(name, device) for name in self.weights}
         self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}

@@ -82,9 +82,7 @@ class Log:
     def report(self, step, **entry):
         """An entry of the log, and a line for people: means of what was noted; some are sums."""
         notes, self.notes = gather(self.world, self.notes), []
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / 1e9
+        peak = peak_memory() / 1e9
         entry = dict(step=step, **entry, **self.updates,
                      seconds=round(time.time() - self.t0, 1), memory_gb=round(peak, 2))
         for k in sorted({k for n in notes for k in n}):
@@ -102,6 +100,14 @@ class Log:
         """The first and the last value of an evaluated number; a log may have lost the first."""
         found = {e['step']: e[name] for e in self.history if name in e}
         return (dict(before=found[0]) if 0 in found else {}) | dict(after=found[max(found)])
+
+
+def peak_memory():
+    """Bytes: the GPU's, or the process's, which Linux counts in thousands."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == 'darwin' else 1024)
 
 
 def read_log(path):

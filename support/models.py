@@ -383,6 +383,11 @@ class Network:
                               'in 16 bits as well')
         for name, gb in self.gigabytes.items():
             yield f'teacher {name}', f'{gb:.4f} GB'
+        for name in sorted(self.adapters - {'student'}):
+            own = ['student' in m.lora_A for m in self.layers if name in m.lora_A]
+            if not all(own):
+                yield f'teacher {name}', (f'{own.count(False)} of its {len(own)} layers are not '
+                                          "the student's: set lora_targets for those as well")
         if lost:
             yield 'start', f'cut to rank {rank}, it differs from the exact one by {lost:.1%}'
         if lost > 0.05:

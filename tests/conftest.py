@@ -32,7 +32,7 @@ import train_opd as T
 import train_teacher
 import world as shapes
 from configurator import BadInput, collect, configure
-from support import checks, files, models as M, rewards, run as R
+from support import checks, files, models as M, rehearsal, rewards, run as R
 from support.files import read_data
 from support.rewards import RewardError, checked, from_file, load, remote
 
@@ -122,7 +122,8 @@ def _world(tmp_path_factory):
         return as_words(settings | more, out)
 
     def teacher(out, **more):                                  # imitation has no rollouts
-        unread = train_teacher.ROLLOUT if more.get('method') == 'sft' else ()
+        method = train_teacher.METHODS[more.get('method', 'grpo')]
+        unread = () if 'reward' in method.settings else train_teacher.ROLLOUT
         return as_words({k: v for k, v in teachers.items() if k not in unread} | more, out)
     return SimpleNamespace(
         at=at, one=one, two=two, opd=opd, teacher=teacher,

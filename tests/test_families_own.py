@@ -95,3 +95,16 @@ def test_it_trains_and_resumes(own, tmp_path):
     train_opd.main([*argv, f'--out_dir={tmp_path}/half', '--init_from=resume'])
     whole, half = (merge_lora.read_adapter(tmp_path / k) for k in ('run', 'half'))
     assert set(whole) > set(adapter) and all(torch.equal(whole[k][1], half[k][1]) for k in whole)
+
+
+def test_sample_py_verifies_it_as_well(own, capsys):
+    """And finds a wrong time; its exit is that of a failure."""
+    model, family, check = own
+    words = [f'--model={model}', '--verify', '--resolution=64', '--dtype=float32']
+    sample.main([*words, f'--family={family}'])
+    spoilt = Path(family.rpartition(':')[0]).read_text().replace('timestep=sigma',
+                                                                 'timestep=1 - sigma')
+    check.with_name('wrong.py').write_text(spoilt)
+    with pytest.raises(SystemExit) as end:
+        sample.main([*words, f'--family={check.parent}/wrong.py:AuraFlow'])
+    assert end.value.code == 1, capsys.readouterr().out

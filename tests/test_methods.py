@@ -117,7 +117,7 @@ def rehearse(method, models=T.Models, watch=lambda c: c, **more):
     c.routes = [dict(r, size=(24, 24), samples=4) for r in c.routes]
     rows = {r['data']: [dict(prompt='x', source_image='', target_image='')] for r in c.routes}
     deal = partial(T.plan, c=c, buckets=rows)
-    return checks.rehearsed(watch(c), deal, T.METHODS[method], models)
+    return rehearsal.rehearsed(watch(c), deal, T.METHODS[method], models)
 
 
 def test_danceopd_costs_no_more_forwards_than_it_needs():

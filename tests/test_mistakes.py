@@ -73,6 +73,9 @@ MISTAKES = {  # what is said: the settings that are wrong, given the world
     'anchor is set but anchor_beta is 0': set_to(anchor='base'),
     "anchor: no teacher is called 'three'": set_to(anchor='three', anchor_beta=0.04),
     "unknown .'guidence'.; known: name lora": one(guidence=2),
+    "teacher 'one': its weight is for mixing = 'soft'": one(weight=2.0),
+    "eval_data has no rows of bucket 'words', but of 'wrods', which no route has": lambda w: dict(
+        eval_data=[w.file('wrods_val.csv', 'prompt\na red circle on white\n')]),
     "teacher 'one': guidance must be more than 0, not '4.5'": one(guidance='4.5'),
     "teacher 'one' has both lora and checkpoint": one(checkpoint='x'),
     "unknown .'wieght'.; known: teacher data": route(wieght=2),

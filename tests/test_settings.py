@@ -21,6 +21,7 @@ def test_nothing_of_the_demonstration_is_in_another_models_config(path):
         assert not any('shapes' in str(v) for v in (c.data, c.eval_data, c.out_dir))
         given = set()
         configure(script_of(path).SETTINGS, [str(path)], given)
+        assert 'lr' in given
         assert script_of(path) is train_teacher or {'init_from', 'steps', 'drop_last'} <= given
 
 
@@ -34,7 +35,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     for words in ('model .*shapes/base .StableDiffusion3Pipeline.',
                   'danceopd, 5 steps, ODE, the last 1 not learned from, from data/shapes/',
-                  'updates +250, from 8500',
+                  'updates +250, from 8500 rollouts; rate 0.008, cosine',
                   'samples a step +34 in groups of 1; 34 on each of 1 process',
                   'route local_edit +teacher local_edit, .* rows, weight 1.0, 24 x 24 pixels'):
         assert re.search(words, said), said
@@ -48,6 +49,8 @@ def test_only_what_nobody_set_goes_with_another_model(tmp_path):
     assert own().score and own().eval_data
     other = own('--model=elsewhere')
     assert other.score == '' and other.eval_data == [] and other.init_from == 'merge'
+    assert other.lr == 2e-4 == checks.own_settings(train_teacher.SETTINGS, ['--model=x']).lr
+    assert own('--model=elsewhere', '--lr=8e-3').lr == own().lr == 8e-3
     assert own('--model=elsewhere', f'--init_from={own().init_from}').init_from == own().init_from
     assert checks.own_settings(train_teacher.SETTINGS, ['--model=elsewhere']).init_from == 'base'
     assert own('--model=elsewhere', f'--score={own().score}').score == own().score
@@ -101,3 +104,11 @@ def test_a_route_may_have_its_own_size(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search('route t2i .*24 x 32 pixels', said)
     assert re.search('route count .*24 x 24 pixels', said)
+
+
+def test_data_that_no_route_has_is_told(capsys):
+    T.main(['--dry_run', "--routes=[dict(teacher='count',data='count',samples=34)]"])
+    assert re.search('not used +buckets that no route has: global_edit, local_edit, t2i',
+                     capsys.readouterr().out)
+    T.main(['--dry_run'])
+    assert 'not used' not in capsys.readouterr().out

@@ -18,7 +18,7 @@ import train_opd
 import train_teacher
 from configurator import BadInput, need
 from questions import ARMS, COMMON, MAKES, ROLLOUT, SCORED, SEEDS, SKILLS
-from support import checks
+from support import checks, rehearsal
 from support.disk import write_text
 from support.files import load_function, read_data
 from support.run import checkpoints, newest
@@ -113,8 +113,8 @@ def rehearsed(script, s, data, steps=10):
     """Forwards of a step."""
     if script is train_teacher:
         vars(s).update(routes_per_step='sample', teachers=[], mixing='hard')
-    return checks.rehearsed(s, partial(plan, c=s, buckets=data.buckets), script.METHODS[s.method],
-                            Models, steps)
+    dealt = partial(plan, c=s, buckets=data.buckets)
+    return rehearsal.rehearsed(s, dealt, script.METHODS[s.method], Models, steps)
 
 
 # --------------------------------------------------------------------------------------------------
