@@ -71,7 +71,7 @@ def fill(c, run):
     c.model, c.family = c.model or run['model'], c.family or run.get('family', '') * same
     family, _, configs = found = peek(c.model, FAMILIES, c.family)
     net, vae = configs.get(family.prefix if family else '', {}), configs.get('vae', {})
-    known = (net.get('sample_size') or 0) * 2 ** (len(vae.get('block_out_channels', 'four')) - 1)
+    known = (net.get('sample_size') or 0) * 2 ** (len(vae.get('block_out_channels', [0] * 4)) - 1)
     c.resolution = pixels(run.get('resolution') or known or 1024)
     c.steps = c.steps or (4 if c.verify else run.get('sample_steps', 28))
     c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 256)

@@ -12,7 +12,7 @@ have had there; the student learns it. So specialists, adapters on one frozen ba
     python train_opd.py config/sd35_edit.py --init_from=resume
 
 The rooms, in reading order: settings, the flow, fields (model families), who is asked, plan,
-rollouts, METHODS, evaluation, and the loop, in main.
+rollouts, METHODS, evaluation, and the loop, train.
 One convention: z = (1 - sigma) x0 + sigma eps, v = eps - x0, sigma from 1 (noise) to 0 (picture).
 Left out on purpose: full fine-tuning, float16, sharded models, samplers other than Euler's steps.
 """
@@ -27,16 +27,17 @@ import torch
 import configurator
 from configurator import collect, need
 from support import checks, rehearsal
-from support.files import load_image, load_images, shown, to_picture
+from support.files import load_image, load_images, shown
 from support.judges import group_advantage
 from support.models import Network, find_family, learning_rate, open_field
 from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 
-sys.modules.setdefault('train_opd', sys.modules[__name__])      # families' files import it
+sys.modules.setdefault('train_opd', sys.modules[__name__])      # else families import a second copy
 
 # --------------------------------------------------------------------------------------------------
-# Settings: the demonstration's. Config files and --key=value override them. In brackets: papers'
+# Settings: the demonstration's. Config files and --key=value override them. In brackets: papers'.
+# With another model, eval_data, score, init_from and lr that nobody set are checks.ELSEWHERE
 # model
 model = 'data/shapes/base'          # diffusers folder or hub id
 family = ''                         # '' as model_index.json says; one of FAMILIES, or file.py:Class
@@ -47,20 +48,20 @@ resolution: int | list = 24         # pixels, or [height, width]; a route may ha
 max_sequence_length = 256           # text tokens, at most what the tokenizer allows
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5)
 cache_gb = 4.0                      # of prompts' embeddings that are kept in memory
-# teachers: neither lora nor checkpoint is the frozen base; guidance 1.0 is none
+# teachers: a lora, or a checkpoint of full weights, or neither: the base; guidance 1.0 is none
 teachers = [
     dict(name='base'),
     dict(name='count', lora='data/shapes/teachers/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
     dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
-# routes: which teacher answers for which bucket of data; how often or how much, and, where all
-# routes are in every step, with how many of its samples
+# routes: which teacher answers for which bucket of data. weight: how often a route is drawn; where
+# all are in every step, its part of the loss, and samples its part of the batch
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=1.5, samples=8),
     dict(teacher='local_edit', data='local_edit', weight=1.0, samples=6),
     dict(teacher='global_edit', data='global_edit', weight=2.0, samples=18)]
-routes_per_step: int | str = 'all'  # 1 a step (DanceOPD), 'all' (DiffusionOPD), 'sample': each its
+routes_per_step: int | str = 'all'  # 1 a step (DanceOPD), 'all' (DiffusionOPD), 'sample': each
 mixing = 'hard'                     # 'soft', an ablation: all teachers' mean by their `weight`
 teacher_offload = False             # teachers with full weights wait on the CPU for their turn
 # data: CSV, JSONL or TXT; a row's bucket is its `task`, else its file's name, without _val
@@ -77,13 +78,13 @@ eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OP
 sde = 'flow'                        # one of SDES below
 rollout_guidance = 1.0              # while rolling out; 1.0 is none, in every family
 student_guidance = 1.0              # and in the loss; each teacher has its own
-states = 'student'                  # off-policy ablations: 'data' (noised targets), 'teacher'
+states = 'student'                  # danceopd, off-policy: 'data' (noised targets), 'teacher'
 # method
 method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
-query = 'stratified'                # one of QUERIES below (DanceOPD 'low_noise', Beta(5, 2))
-kl_var = 'true'                     # 'code' leaves out the step's length, as released code does
-drop_last: int | bool = 1           # last steps that are not learned from (DiffusionOPD's code: 1)
+query = 'stratified'                # danceopd: one of QUERIES below (DanceOPD 'low_noise')
+kl_var = 'true'                     # 'code': an SDE's variance without the step's length
+drop_last = 1                       # last steps that are not learned from (DiffusionOPD's code: 1)
 reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
@@ -95,7 +96,7 @@ anchor_beta = 0.0                   # how strongly (Flow-OPD 0.04)
 max_steps = 250
 batch_size = 34                     # samples a step, all routes and processes together
 micro_batch = 30                    # samples a forward; the rest is gradient accumulation
-lr = 8e-3                           # (DanceOPD 2e-4: also another model's, DiffusionOPD 3e-4)
+lr = 8e-3                           # (DanceOPD 2e-4, DiffusionOPD 3e-4)
 lr_schedule = 'cosine'              # or 'constant'
 warmup = 20                         # steps
 weight_decay = 0.0                  # (DiffusionOPD 1e-4)
@@ -200,7 +201,7 @@ class Field:
     targets = ()                        # layers that a LoRA is put on
     blocks = ()                         # classes of modules that are compiled one by one
     editors = ()                        # pipelines of it that edit a source picture
-    takes_sigmas = True                 # its scheduler: a list of sigmas; else a number of steps
+    takes_sigmas = True                 # set_timesteps takes them; else a number of steps
     sees_source = False                 # its text encoder looks at an edit's source, and needs one
 
     @classmethod
@@ -279,7 +280,7 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a
     diptych); a transformer with twice as many inputs as outputs gets it as channels instead."""
-    takes_sigmas, patch = False, 0                             # sigma_min is shifted twice
+    takes_sigmas, patch = False, 0          # diffusers shifts sigma_min twice: the last is .009
     editors = 'StableDiffusion3Pipeline',
     blocks = 'JointTransformerBlock',
     targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',
@@ -313,48 +314,9 @@ class SD3(Field):
         return v[..., -z.shape[-1]:]
 
 
-class ZImage(Field):
-    """Z-Image, -Turbo and -Omni (editing). Time runs backwards, the output is negated, captions are
-    ragged. The pipeline's guidance g is c + g (c - u); here as everywhere it is w = g + 1."""
-    editors, blocks = ('ZImageOmniPipeline',), ('ZImageTransformerBlock',)
-    targets = ['to_q', 'to_k', 'to_v', 'to_out.0']
-
-    @classmethod
-    def largest(cls, configs, editing):
-        _, h, w = configs.get('transformer', {}).get('axes_lens', [math.inf] * 3)
-        return h * cls.unit(configs), w * cls.unit(configs)
-
-    def encode(self, prompt, source=''):
-        k = dict(num_condition_images=int(bool(source))) if self.can_edit else {}
-        es, _ = self.pipe.encode_prompt(
-            [prompt], device=self.device, do_classifier_free_guidance=False,
-            max_sequence_length=self.max_length, **k)
-        return dict(text=es[0])
-
-    def encode_source(self, path, height, width):
-        x = load_image(path, height, width)
-        picture = to_picture(x / 2 + 0.5)
-        seen = self.pipe.prepare_siglip_embeds([picture], 1, self.device, torch.float32)
-        return {'source': self.encode_image(x[None])[0], 'seen': seen[0][0]}
-
-    def forward(self, z, sigma, cond):
-        def to(x):
-            return x.to(self.device, self.dtype)
-        t, x = (1000 - 1000 * sigma) / 1000, [to(a)[:, None] for a in z]
-        if not self.can_edit:
-            out, = self.net(x, t=t, cap_feats=[to(c['text']) for c in cond], return_dict=False)
-        else:
-            sources = [[to(c['source'])[:, None]] if 'source' in c else [] for c in cond]
-            out, = self.net(
-                x=[s + [a] for s, a in zip(sources, x)], t=t, return_dict=False,
-                cap_feats=[[to(p) for p in c['text']] for c in cond],
-                siglip_feats=[[to(c['seen']), None] if 'seen' in c else None for c in cond],
-                image_noise_mask=[[0] * len(s) + [1] for s in sources])
-        return -torch.stack(list(out)).squeeze(2)
-
-
 FAMILIES = dict(
-    StableDiffusion3Pipeline=SD3, ZImagePipeline=ZImage, ZImageOmniPipeline=ZImage,
+    StableDiffusion3Pipeline=SD3, ZImagePipeline='families/zimage.py:ZImage',
+    ZImageOmniPipeline='families/zimage.py:ZImage',
     FluxPipeline='families/flux.py:Flux', FluxKontextPipeline='families/flux.py:Flux',
     Flux2KleinPipeline='families/flux2.py:Flux2', Flux2Pipeline='families/flux2.py:Flux2',
     QwenImagePipeline='families/qwen.py:Qwen', StableDiffusionPipeline='families/unet.py:UNet',
@@ -374,7 +336,7 @@ class Models(Network):
     spent = 0                           # forwards so far: with gradient three, with guidance double
 
     def switch(self, name):
-        """Fast: PEFT's own calls rewrite requires_grad. No adapter's name is the bare base."""
+        """By hand, for PEFT's own calls rewrite requires_grad. Others than adapters: none is on."""
         for m in self.layers:
             m._disable_adapters = name not in self.adapters
             if name in self.adapters:
@@ -383,6 +345,8 @@ class Models(Network):
     def velocity(self, who, batch, z, sigma, w=1.0):
         """Of samples at states z of noise sigma. With guidance w the velocities with and without
         the words come from one forward; w = 1 needs no unconditional one."""
+        known = 'base', 'student', *self.adapters, *self.teachers
+        need(who in known, f'{who!r} is none of {", ".join(known)}')
         cond = [s.cond for s in batch]
         if w != 1:
             z, sigma = torch.cat([z, z]), torch.cat([sigma, sigma])
@@ -400,14 +364,15 @@ class Models(Network):
     def target(self, batch, z, sigma):
         """The velocity that each sample's own teacher would have had there; if mixed softly, the
         mean of all teachers."""
-        v, soft = torch.zeros_like(z), self.mixing == 'soft'
+        soft = self.mixing == 'soft'
+        v = torch.full_like(z, 0.0 if soft else math.nan)      # nobody's answer is none
         total = sum(t.get('weight', 1.0) for t in self.teachers.values())
         for name, t in self.teachers.items():
             own = [j for j, s in enumerate(batch) if soft or s.teacher == name]
             if own:
                 asked = [batch[j] for j in own]
                 said = self.velocity(name, asked, z[own], sigma[own], t.get('guidance', 1.0))
-                v[own] += said * t.get('weight', 1.0) / total if soft else said
+                v[own] = v[own] + said * t.get('weight', 1.0) / total if soft else said
         return v
 
 
@@ -421,7 +386,7 @@ class Sample:
     row: dict                           # of the data: prompt, source_image, target_image
     size: tuple                         # (height, width) in pixels
     noise: torch.Generator              # for its first state
-    draws: torch.Generator = None       # for what comes later
+    draws: torch.Generator = None       # for an SDE's steps, or on data
     step: int = 0
     number: int = 0                     # its place in the step's global batch
     group: int = 0                      # samples of one prompt
@@ -449,15 +414,15 @@ def routes_of(step, c):
 
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
-    """This process's samples of a step, as many of each of the updates they are dealt among."""
+    """This process's samples of a step. Groups are dealt to updates, then to processes."""
     chosen, mixed, updates = routes_of(step, c), c.routes_per_step == 'all', updates or c.updates
-    nth = [chosen[:g].count(route) for g, route in enumerate(chosen)]  # group of its route
+    nth = [chosen[:g].count(route) for g, route in enumerate(chosen)]  # of its route, from 0
     dealt = [(nth[g] if mixed else g) % updates for g in range(len(chosen))]
     samples, total = [], sum(r.get('weight', 1.0) for r in c.routes)
     for number in range(c.batch_size):
         group = number // c.group_size
         if dealt[:group].count(dealt[group]) % world.size != world.rank:
-            continue                                           # an update's groups go round
+            continue                                           # an update's groups go round them
         route, of = c.routes[chosen[group]], chosen.count(chosen[group]) * c.group_size
         bucket = buckets[route['data']]
         share = route.get('weight', 1.0) / total / of if mixed else 1 / c.batch_size
@@ -474,8 +439,8 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
 
 def draw_queries(key, s, c):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
-    n, r, inside, taken = c.steps - c.drop_last, rng(*key, 'rule'), rng(*key).random(), []
-    rule = QUERIES[c.query]
+    n, rule, taken = c.steps - c.drop_last, QUERIES[c.query], []
+    r, inside = rng(*key, 'rule'), rng(*key).random()          # apart: a draw is not its place's
     if c.queries == n:                                         # the only choice
         return list(range(n))
     for k in range(c.queries):
@@ -489,21 +454,13 @@ def draw_queries(key, s, c):
     return sorted(taken)
 
 
-def stratified(r, even):
-    return even
-
-
-def uniform(r, even):
-    return r.random()
-
-
 def beta(a, b):
     return lambda r, even: r.betavariate(a, b)
 
 
 # Where in a rollout a state is learned from: 0 is its first step, all noise, 1 after its last.
 # `even` spreads the queries of a route's samples, and those of one sample, evenly
-QUERIES = dict(stratified=stratified, uniform=uniform,
+QUERIES = dict(stratified=lambda r, even: even, uniform=lambda r, even: r.random(),
                low_noise=beta(5, 2), mid_noise=beta(5, 5), high_noise=beta(2, 5))
 
 
@@ -635,7 +592,8 @@ def action(t, i, c, v):
 
 Term = namedtuple('Term', 'batch loss numbers')    # samples; a loss, and numbers to log, of each
 Method = namedtuple('Method', 'updates settings')  # and those settings that not all methods read
-Reward = namedtuple('Reward', 'of_action group attached')  # group: it normalises; see flowopd
+# of Flow-OPD; group: normalised in groups of a prompt; attached: the KL keeps its own gradient
+Reward = namedtuple('Reward', 'of_action group attached')
 
 
 def distil(batch, models, c, z, sigma, v, v_target, factor, error=velocity_error):
@@ -646,8 +604,8 @@ def distil(batch, models, c, z, sigma, v, v_target, factor, error=velocity_error
 
 
 def anchored(batch, models, c, z, sigma, v, factor, error=velocity_error):
-    """Flow-OPD's MAR, for all methods: the same error to the base or to another teacher, with the
-    teacher's own guidance if it has one."""
+    """Flow-OPD's MAR, for all methods: the same error to the base or to another teacher, with its
+    own guidance if it has one, else (unlike as a target) with the student's."""
     if not c.anchor:
         return 0.0
     w = models.teachers.get(c.anchor, {}).get('guidance', c.student_guidance)
@@ -743,7 +701,7 @@ def flowopd_advantages(some, models, c):
 
 
 def flowopd(samples, models, c):
-    """Flow-OPD (2605.08063): the policy gradient of that KL, on trajectories drawn before."""
+    """Flow-OPD (2605.08063): DiffusionOPD's KL by policy gradient, on trajectories drawn before."""
     def terms(some):
         for t in some:
             for i, v_target in enumerate(t.v_target):
@@ -758,7 +716,8 @@ def flowopd(samples, models, c):
                 loss = loss + anchored(t.batch, models, c, z, sigma, v, factor)
                 numbers |= dict(loss=kl.detach(), gap=relative_gap(v.detach(), v_target),
                                 sigma=sigma, flat=(t.advantage[i] == 0).float())
-                yield Term(t.batch, c.updates / len(t.v) * loss, numbers)  # its shares: 1 / updates
+                # the shares of an update's samples sum to 1 / updates
+                yield Term(t.batch, c.updates / len(t.v) * loss, numbers)
 
     for some in trajectories(samples, models, c):
         flowopd_advantages(some, models, c)
@@ -777,7 +736,8 @@ METHODS = dict(
 
 @torch.no_grad()
 def mean_gap(route, rows, models, c, world):
-    """Mean relative gap to the teacher, at states spread evenly over what is learned from."""
+    """Mean relative gap to the target, at states of the student's own rollouts, whatever `states`
+    says, spread evenly over the steps that are learned from."""
     samples, found, n = [], [], c.steps - c.drop_last
     for i, row in enumerate(rows):
         g, query = torch_rng(c.seed, 'gap', route['data'], i), i * n // len(rows)
@@ -815,8 +775,8 @@ def evaluate(step, held, draw, models, c, folder):
                     shown(rows, 'source_image', route['size']),
                     draw(route['teacher'], route, rows, own=True), draw('student', route, rows))
         with student.wearing(student.ema):
-            now, rest = draw('student', route, rows), held[label][:c.eval_samples]
-            entry[f'gap/{label}'] = mean_gap(route, rest, models, c, folder.world)
+            now, more = draw('student', route, rows), held[label][:c.eval_samples]
+            entry[f'gap/{label}'] = mean_gap(route, more, models, c, folder.world)
         lines += zip((f'{label}: {r["prompt"]}' for r in rows), *folder.stills[label], now)
     folder.draw(step, lines, ['source', 'teacher', 'student at start', 'student now'])
     folder.log.add(entry)
@@ -829,32 +789,17 @@ CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, reward=RE
                mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'), **checks.CHOICES)
 
 
-def main(argv):
-    c = checks.own_settings(SETTINGS, argv)
-    data = checks.check(c, SETTINGS[0], FAMILIES, CHOICES)
-    world = launch(c.device, c.tf32)
-    rehearsal.print_plan(c, data, world, partial(plan, c=c, buckets=data.buckets), METHODS, Models)
-    if c.dry_run:
-        return checks.tell_dry_run(c, world)
-
-    folder = Folder(c, world, c.teachers)
-    held = data.drawn(c.seed, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
-    models = Models.open(FAMILIES, c, world.device, data, held, c.teachers, folder.resumed)
-    models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
-                          for s in plan(step, c, data.buckets, world))
-    student, log = models.student, folder.log
-    draw = partial(render, models=models, c=c, world=world)
-    folder.begin(models, data, held, draw)
-    if not folder.evaluated():
-        evaluate(folder.first, held, draw, models, c, folder)
-
+def train(samples_of, updates, models, evaluate, c, folder):
+    """The loop, of train_teacher.py as well. -> whether it came to its end."""
+    student, world, log = models.student, folder.world, folder.log
     for step in (bar := folder.bar()):
         # plan: who answers for which rows
-        samples, models.spent, world.stop.busy = plan(step, c, data.buckets, world), 0, True
+        samples, models.spent, world.stop.busy = samples_of(step), 0, True     # now a stop waits
 
         # roll out and learn: backward after every term, before the next is made
-        for terms in METHODS[c.method].updates(samples, models, c):
+        for terms in updates(samples, models, c):
             for term in terms:
+                rehearsal.check_term(term, c.method)
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
                 log.note(term.batch, **term.numbers)
@@ -871,10 +816,33 @@ def main(argv):
         if done % c.save_every == 0 or final or ending:
             folder.save(done, models)
         if ending:
-            return log.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
+            log.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
+            return False
         if done % c.eval_every == 0 or final:
-            evaluate(done, held, draw, models, c, folder)
-    folder.conclude(held, models, draw)
+            evaluate(done)
+    return True
+
+
+def main(argv):
+    c = checks.own_settings(SETTINGS, argv)
+    data = checks.check(c, SETTINGS[0], FAMILIES, CHOICES)
+    world, dealt = launch(c.device, c.tf32), partial(plan, c=c, buckets=data.buckets)
+    rehearsal.print_plan(c, data, world, dealt, METHODS, Models)
+    if c.dry_run:
+        return checks.tell_dry_run(c, world)
+
+    folder, samples_of = Folder(c, world, c.teachers), partial(dealt, world=world)
+    held = data.drawn(c.seed, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
+    models = Models.open(FAMILIES, c, world.device, data, held, c.teachers, folder.resumed)
+    models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
+                          for s in samples_of(step))
+    draw = partial(render, models=models, c=c, world=world)
+    look = partial(evaluate, held=held, draw=draw, models=models, c=c, folder=folder)
+    folder.begin(models, data, held, draw)
+    if not folder.evaluated():
+        look(folder.first)
+    if train(samples_of, METHODS[c.method].updates, models, look, c, folder):
+        folder.conclude(held, models, draw)
 
 
 if __name__ == '__main__':

@@ -22,16 +22,15 @@ import torch
 
 import configurator
 import train_opd
-from configurator import collect, need
-from support import checks, rehearsal, rewards
+from configurator import collect
+from support import checks, rewards
 from support.files import judged, load_images, shown
 from support.judges import Judges, group_advantage
-from support.models import learning_rate
 from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, kl_weight,
-                       log_prob, micro_batches, plan, ppo_loss, render, trajectories, trajectory,
-                       velocity_error)
+                       log_prob, micro_batches, plan, ppo_loss, render, train, trajectories,
+                       trajectory, velocity_error)
 
 # --------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py come from there; some have other defaults here
@@ -102,8 +101,8 @@ def check(c):
         (not pairs or G == 2, f'group_size = {G}: SDPO compares two trajectories of one '
          'start; set group_size = 2'),
         (not pairs or c.same_noise, "same_noise = False: SDPO's pairs start from one noise"),
-        (not pairs or c.micro_batch > 1, 'micro_batch = 1: two of a pair share a forward; at '
-         'least 2'),
+        (not pairs or c.micro_batch > 1, 'micro_batch = 1: the pairs of SDPO share a '
+         'forward; at least 2'),
         (not pairs or c.updates <= trained, f'updates = {c.updates}: at most one for each of '
          f'the {trained} steps that are trained'),
         (c.buffer >= 16, f'buffer = {c.buffer}: SDPO uses it from 16 returns on (published: 32)'),
@@ -416,36 +415,15 @@ def main(argv):
     models = Models.open(FAMILIES, c, world.device, data, held, checkpoint=folder.resumed)
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)
                           for s in samples_of(step))
-    models.judges, student, log = Judges(c, folder), models.student, folder.log
+    models.judges = Judges(c, folder)
+    look = partial(evaluate, held=held, models=models, c=c, folder=folder)
     folder.begin(models, data, held)
     if not folder.evaluated():
-        evaluate(folder.first, held, models, c, folder)
-
-    for step in (bar := folder.bar()):
-        samples, models.spent, world.stop.busy = samples_of(step), 0, True
-        for terms in METHODS[c.method].updates(samples, models, c):
-            for term in terms:
-                rehearsal.check_term(term, c.method)           # of one's own: not rehearsed before
-                share = torch.tensor([s.share for s in term.batch], device=world.device)
-                (share * term.loss).sum().backward()
-                log.note(term.batch, **term.numbers)
-            norm = student.update(learning_rate(step, c), c, world)
-            log.watch(step, norm, student)
-        log.tally(cost=models.spent)
-
-        done, final = step + 1, step + 1 == c.max_steps
-        bar.set_postfix(log.glance(samples), refresh=False)
-        if done % c.log_every == 0 or final:
-            log.report(done, grad_norm=norm, lr=learning_rate(step, c))
-        ending = any(gather(world, [world.stop.asked]))
-        if done % c.save_every == 0 or final or ending:
-            folder.save(done, models)
-        if ending:
-            return log.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
-        if done % c.eval_every == 0 or final:
-            evaluate(done, held, models, c, folder)
-    folder.end({k[5:]: log.ends(k) for k in log.history[-1]
-                if k.startswith('eval/')}, 'evaluation')       # without targets or a score, empty
+        look(folder.first)
+    if train(samples_of, METHODS[c.method].updates, models, look, c, folder):
+        log = folder.log                                       # without targets or a score, empty
+        folder.end({k[5:]: log.ends(k) for k in log.history[-1] if k.startswith('eval/')},
+                   'evaluation')
 
 
 if __name__ == '__main__':
