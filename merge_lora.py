@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configurator import BadInput, collect, configure, need, run
-from support.adapters import FILES, FIRST, KOHYA, read_adapter, refuse, some
+from support.adapters import FILES, FIRST, KOHYA, find, read_adapter, refuse, some
 
 adapters = ''   # comma list: folders, .safetensors files, hub ids owner/repo[/folder or /file]
 weights = ''    # comma list, one an adapter; empty: equal shares that sum to 1

@@ -48,7 +48,8 @@ def own_settings(settings, argv):
     for k, x in vars(c).items():
         check_texts(k, x)
     kept = {'init_from'} if settings[0]['init_from'] in STARTS else set()    # a teacher's: base
-    for k in set(ELSEWHERE) - given - kept if c.model != settings[0]['model'] else ():
+    same = os.path.normpath(c.model) == os.path.normpath(settings[0]['model'])
+    for k in () if same else set(ELSEWHERE) - given - kept:
         setattr(c, k, ELSEWHERE[k])
     for k in ('model', 'init_from', 'out_dir'):
         setattr(c, k, os.path.expanduser(getattr(c, k)))

@@ -47,6 +47,7 @@ def test_only_what_nobody_set_goes_with_another_model(tmp_path):
     def own(*words):
         return checks.own_settings(T.SETTINGS, words)
     assert own().score and own().eval_data
+    assert own('--model=./data/shapes/base/').init_from == own().init_from
     other = own('--model=elsewhere')
     assert other.score == '' and other.eval_data == [] and other.init_from == 'merge'
     assert other.lr == 2e-4 == checks.own_settings(train_teacher.SETTINGS, ['--model=x']).lr
