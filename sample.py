@@ -24,7 +24,7 @@ import torch
 
 import configurator
 from configurator import collect, configure, need
-from support import files
+from support import files, rewards
 from support.checks import CHOICES, check_choices, peek, pixels
 from support.known import first_free, locate, read_buckets, read_weights
 from support.models import attach, check_samples
@@ -52,7 +52,7 @@ max_sequence_length = 0             # text tokens; without a run 256
 height = 0                          # pixels; without a run what the model's configs say, else 1024
 width = 0
 batch_size = 8                      # pictures a forward
-score = ''                          # file.py:function(images, rows): its mean for each bucket
+score = ''                          # a reward's name or file.py:function: its mean by bucket
 verify = False                      # draw nothing, but compare with diffusers' own pipeline
 out_dir = 'out/samples'
 dtype = 'auto'                      # auto = bfloat16 on a GPU, float32 on a CPU
@@ -89,7 +89,7 @@ def check(c):
         need(getattr(c, k) >= least, f'{k} must be at least {least}, not {getattr(c, k)}')
     check_choices(c, dict(base_storage=(None, '', 'float8'), dtype=(*CHOICES['dtype'], 'float16')))
     if c.score:
-        files.load_function(c.score)
+        rewards.check(c.score)
     path, run = locate(c)
     found, rows = fill(c, run), []
     sizes = {r['data']: pixels(r['size']) for r in run.get('routes', ()) if 'size' in r}
@@ -128,7 +128,7 @@ def open_models(c, adapter, rows):
 def draw(c, models, who, rows):
     """(sample, picture, what the score says of it or None) of all. A score that fails is not asked
     again, and ends the run when all is drawn."""
-    judge, failed = files.load_function(c.score) if c.score else None, None
+    judge, failed = rewards.load(c.score, models.field.device) if c.score else None, None
     velocity = partial(models.velocity, who, w=c.guidance)
     models.prompts.expect(s.row for s in rows)
     samples = [replace(s, noise=torch_rng(c.seed, i, k), number=k, group=i)

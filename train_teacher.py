@@ -75,7 +75,7 @@ warmup = 20
 ema_decay = 0.98
 out_dir = 'out/teacher'
 sample_steps = 16
-score = ''                          # file.py:function; asked in evaluations, never trained on
+score = ''                          # as a reward; asked in evaluations, never trained on
 eval_samples = 64
 DISTILLATION = '''teachers routes routes_per_step mixing teacher_offload rollout_guidance
 student_guidance states queries query anchor anchor_beta score_samples'''.split()
@@ -376,8 +376,8 @@ def evaluate(step, held, models, c, folder):
         for name, f in {**judges.rewards, **judges.watched}.items():
             checked = partial(rewards.checked, name, f, folder=folder.out)
             found[f'{name}/{label}'] = judged(checked, now, rows, c.micro_batch, world)
-        if c.score:
-            found[f'score/{label}'] = judged(c.score, now, rows, c.micro_batch, world)
+        for f in judges.scored:
+            found[f'score/{label}'] = judged(f, now, rows, c.micro_batch, world, f'score {c.score}')
         lines += zip((f'{label}: {row["prompt"]}' for row in few), *folder.stills[label], now)
     folder.draw(step, lines, ['source', 'target', 'base', 'now'])
     folder.log.say(f'step {step:6d}  ' + '  '.join(f'{k} {x:.4g}' for k, x in found.items()))

@@ -14,7 +14,7 @@ import merge_lora
 from configurator import BadInput, configure, need
 from support import rewards
 from support.disk import place
-from support.files import REMAKE, is_hub_id, load_function, model_configs, open_buckets
+from support.files import REMAKE, is_hub_id, model_configs, open_buckets
 from support.models import check_sizes, find_family
 
 CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
@@ -136,7 +136,7 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
 
 def check_score(score):
     try:
-        load_function(score)
+        rewards.check(score)
     except BadInput as e:
         raise BadInput(f'score: {e}') from e
 
@@ -318,6 +318,7 @@ def tell_dry_run(c, world):
     unseen = [f'{what} {path}' for what, path in named if path and is_hub_id(path)]
     asked = [r['reward'] for r in c.reward] if isinstance(c.reward, list) else []
     asked += [c.watch_reward] if getattr(c, 'watch_reward', '') else []
+    asked += [c.score] if c.score else []
     unseen += [f'reward {name}' for name in asked if name.partition('@')[0] in rewards.MODELS]
     if world.rank == 0:
         print('dry run: settings and data are fine' + bool(unseen) *

@@ -509,11 +509,9 @@ def score_mean(scores):
     return sum(map(number, scores)) / max(1, len(scores))
 
 
-def judged(score, images, rows, few, world):
+def judged(judge, images, rows, few, world, name='score'):
     """The mean of what a scorer says of pictures; each is asked about by one process, a few at
     once. If it fails in one process, the error is raised in all."""
-    named = isinstance(score, str)
-    judge, name = load_function(score) if named else score, score if named else 'score'
     own, said, error = range(len(rows))[world.rank::world.size], [], None
     try:
         for some in (list(own[i:i + few]) for i in range(0, len(own), few)):
@@ -522,7 +520,7 @@ def judged(score, images, rows, few, world):
         error = e
     answers = gather(world, [(said, error and str(error))])
     if failed := [why for _, why in answers if why]:
-        raise RewardError(f'score {failed[0]}' if named else failed[0]) from error
+        raise RewardError(failed[0]) from error
     return score_mean([v for some, _ in answers for v in some])
 
 

@@ -37,6 +37,7 @@ class Judges:
         given = c.reward
         self.weights = {x['reward']: x.get('weight', 1.0) for x in given}
         self.rewards = {name: rewards.load(name, device) for name in self.weights}
+        self.scored = [rewards.load(c.score, device)] if c.score else []
         self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}
         set_gpu = partial(torch.cuda.set_device, device) if device.type == 'cuda' else None
         self.pool, self.buffer = ThreadPoolExecutor(1, initializer=set_gpu), c.buffer

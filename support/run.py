@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
+from support import rewards
 from support.disk import place, write_text, writing
 from support.files import RewardError, draw_pairs, grid, judged, one_line
 from support.log import Log, read_log
@@ -62,7 +63,7 @@ class Folder:
             self.log.say(f'{name:22s} {text}')
         if render and c.score and c.score_samples:
             rows = held[c.routes[0]['data']][:1]
-            judged(c.score, render('student', c.routes[0], rows), rows, 1, self.world)
+            self.judged(render('student', c.routes[0], rows), rows, 1, self.judge())
         if self.world.rank == 0:
             self.log.told = trackers(self)
         if self.resumed:
@@ -112,8 +113,9 @@ class Folder:
             gaps = self.log.ends(f'gap/{route["data"]}')
             result[route['data']] = {f'gap_{k}': x for k, x in gaps.items()}
         try:
-            for route in c.routes if c.score and c.score_samples else ():
-                result[route['data']] |= self.scores(route, held, models.student, render)
+            judge = self.judge() if c.score and c.score_samples else None
+            for route in c.routes if judge else ():
+                result[route['data']] |= self.scores(route, held, models.student, render, judge)
         except RewardError as e:                               # in all processes alike
             failed = str(e)
         self.end(result)
@@ -121,14 +123,20 @@ class Folder:
             raise RewardError(f'{failed}. The gaps are in {self.out}/result.json; score later '
                               f'with: python sample.py --ckpt {self.out} --score={c.score}')
 
-    def scores(self, route, held, student, render):
+    def judge(self):
+        return rewards.load(self.c.score, self.world.device)
+
+    def judged(self, pictures, rows, few, judge):
+        return judged(judge, pictures, rows, few, self.world, f'score {self.c.score}')
+
+    def scores(self, route, held, student, render, judge):
         rows, found = held[route['data']][:self.c.score_samples], {}
         everyone = dict(base=('base', None), teacher=(route['teacher'], None),
                         start=('student', student.start), student=('student', student.ema))
         for name, (who, weights) in everyone.items():
             with student.wearing(weights):
                 pictures = render(who, route, rows, own=name == 'teacher')
-            found[name] = judged(self.c.score, pictures, rows, self.c.micro_batch, self.world)
+            found[name] = self.judged(pictures, rows, self.c.micro_batch, judge)
         return found
 
     def end(self, result, name='route'):

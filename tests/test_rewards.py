@@ -404,7 +404,8 @@ def test_what_their_code_raises_is_one_line_with_their_line(name, words, tmp_pat
         checked(f'{file}:{name}', load(f'{file}:{name}'), x, rows(2), tmp_path)
     assert '\n' not in str(e.value) and len(str(e.value)) < 900
     with pytest.raises(RewardError, match=f'^score {file}:{name}: {words}'):    # by the same check
-        files.judged(f'{file}:{name}', x, rows(2), 1, SimpleNamespace(rank=0, size=1))
+        judge, spec = load(f'{file}:{name}'), f'score {file}:{name}'
+        files.judged(judge, x, rows(2), 1, SimpleNamespace(rank=0, size=1), spec)
     assert isinstance(e.value, BadInput)              # which ends a script without a traceback
 
 

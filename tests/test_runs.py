@@ -221,6 +221,17 @@ def test_a_resume_continues_its_own_line_in_wandb_and_a_new_run_has_another(tmp_
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_a_score_may_be_a_rewards_name(world, tmp_path):
+    """In the table of a run, in a teacher's evaluations and of what is drawn later."""
+    out = world.distil(tmp_path / 'run', max_steps=1, score='jpeg', score_samples=2)
+    found = json.loads((out / 'result.json').read_text())['words']
+    assert all(-9 < found[k] < 0 for k in ('base', 'teacher', 'start', 'student'))
+    out = world.teach(tmp_path / 'teacher', method='grpo', max_steps=1, score='incompressible')
+    assert all(0 < x < 9 for x in log(out, 'eval/score/words'))
+    with pytest.raises(BadInput, match="score: no reward is called 'jpg', did you mean jpeg"):
+        world.distil(tmp_path / 'not', score='jpg')
+
+
 def test_no_score_without_samples(world, tmp_path):
     out = world.distil(tmp_path / 'run', max_steps=1, score=f'{SHAPES}/world.py:score',
                        score_samples=0)

@@ -20,6 +20,7 @@ PLAIN_WORDS = 't2i', 'open', 'unseen'                          # and of these, o
 WORDS = *PLAIN_WORDS, 'blue'
 TUNED = 4e-3, 8e-3, 16e-3               # rates that are tried where an arm wants its own
 LOW = 1e-3, 3e-3, 8e-3
+LOSSES = 3e-3, 8e-3, 16e-3
 SEEDS = 3
 
 Arm = namedtuple('Arm', 'settings rates cost script scored needs spent')
@@ -46,8 +47,8 @@ def split(t2i, count, local_edit, global_edit, **more):
 
 
 def policy(reward, **settings):
-    """Flow-OPD's policy gradient, in the common four steps."""
-    return dict(method='flowopd', eta=0.7, reward=reward, rates=LOW, **settings)
+    """Flow-OPD's policy gradient."""
+    return dict(method='flowopd', eta=0.7, reward=reward, **TEN, **settings)
 
 
 def merged(count, local_edit, global_edit):
@@ -67,7 +68,11 @@ TEACHER = 'data/shapes/teachers/'
 # study made of it
 ROLLOUT = dict(steps=4, drop_last=0)
 COMMON = dict(init_from='merge', **ROLLOUT, **split(2, 2, 15, 15))
-SKIP = dict(steps=5, drop_last=1)        # as many states, none of them at the last step's noise
+# SD3's last step begins at a noise of .009 and decides nothing. As many states without that one;
+SKIP = dict(steps=5, drop_last=1)
+SIXTEEN = dict(steps=17, drop_last=1)   # DanceOPD's sixteen;
+TEN = dict(steps=10, drop_last=1)       # and DiffusionOPD's and Flow-OPD's ten, as released. An SDE
+FEW = split(1, 1, 7, 8)                 # of four steps would be far from the noise that it is at
 EDITS = 'local_edit', 'global_edit'
 FROM_BASE = dict(init_from='base', lora_targets=LAYERS)        # the teachers' layers, as all have
 # of all four routes, also where not all are trained
@@ -77,8 +82,9 @@ SAME_START = dict(init_from='{out}/ours/{seed}/start', needs=('ours/{seed}',))
 FOUND = dict(init_from=TEACHER + 'local_edit', **split(
     2, 6, 6, 20, weights=dict(t2i=0.5, count=1.0, local_edit=1.0, global_edit=2.5)))
 GROUPS = dict(group_size=4, **split(4, 4, 12, 12))
-SDE = dict(method='diffusionopd', eta=0.7, rates=TUNED)
-ODE = dict(method='diffusionopd', rates=TUNED)
+ODE = dict(method='diffusionopd', **TEN, **FEW)
+SDE = dict(eta=0.7, **ODE)
+ALONE = dict(max_steps=250, **SAME_START)                             # as ours: 250 updates
 ON_EDITS = dict(routes_per_step='sample', routes=routes(only=EDITS), teachers=taught(EDITS))
 OWN = [f'{{out}}/make-own/0/{k}.csv' for k in SKILLS]                 # the teachers' own pictures
 DRAWN = 19200                           # forwards that these cost, once
@@ -106,14 +112,17 @@ MAKES = {
 ARMS = {
     'ours': arm(scored=(*TAUGHT, 'open')),
     # losses
-    'k2': arm(queries=2), 'k4': arm(queries=4, rates=TUNED),
-    'ode': arm(**ODE), 'sde': arm(**SDE), 'sde-code': arm(kl_var='code', **SDE),
-    'flow-k1': arm(**policy('k1')), 'flow-group': arm(**policy('k1_group', **GROUPS)),
-    'flow-paper': arm(**policy('paper', **GROUPS)), 'flow-code': arm(**policy('code')),
+    'k2': arm(queries=2, **SKIP, **FEW), 'k4': arm(queries=4, **SKIP, **split(1, 1, 3, 3)),
+    'plain': arm(rates=LOSSES, queries=9, **TEN, **FEW),
+    'ode': arm(rates=LOSSES, **ODE), 'sde': arm(rates=LOSSES, **SDE),
+    'sde-code': arm(kl_var='code', **SDE),
+    'flow-k1': arm(rates=LOSSES, **policy('k1', **FEW)),
+    'flow-group': arm(**policy('k1_group', **GROUPS)),
+    'flow-paper': arm(**policy('paper', **GROUPS)), 'flow-code': arm(**policy('code', **FEW)),
     'base-ours': arm(rates=TUNED, **FROM_BASE),
     'base-ode': arm(**FROM_BASE, **ODE), 'base-sde': arm(**FROM_BASE, **SDE),
-    'base-flow-k1': arm(**FROM_BASE, **policy('k1')),
-    'base-flow-code': arm(**FROM_BASE, **policy('code')),
+    'base-flow-k1': arm(**FROM_BASE, **policy('k1', **FEW)),
+    'base-flow-code': arm(**FROM_BASE, **policy('code', **FEW)),
     # starts
     'from-count': arm(init_from=TEACHER + 'count'),
     'from-local': arm(init_from=TEACHER + 'local_edit'),
@@ -138,22 +147,22 @@ ARMS = {
     'imitation': arm(rates=LOW, **IMITATE),
     'imitation-paid': arm(spent=DRAWN, **IMITATE),
     # which states
-    'low': arm(query='low_noise'), 'mid': arm(query='mid_noise'), 'high': arm(query='high_noise'),
-    'uniform': arm(query='uniform'),
-    'skip-last': arm(**SKIP), 'steps2': arm(steps=2), 'steps8': arm(steps=8),
-    'steps16': arm(steps=16),
+    'low': arm(query='low_noise', **SIXTEEN), 'mid': arm(query='mid_noise', **SIXTEEN),
+    'high': arm(query='high_noise', **SIXTEEN), 'uniform': arm(query='uniform', **SIXTEEN),
+    'states16': arm(**SIXTEEN), 'states8': arm(steps=9, drop_last=1), 'skip-last': arm(**SKIP),
+    'states2': arm(steps=3, drop_last=1),
     # routing
     'one-route': arm(routes_per_step=1, routes=routes(), rates=LOW),
     'sampled': arm(routes_per_step='sample', routes=routes()),
     'even': arm(**SAME_START, **split(9, 9, 8, 8, weights=EVEN)),
     'edits-hard': arm(**ON_EDITS), 'edits-soft': arm(mixing='soft', **ON_EDITS),
     # how many teachers
-    'only-count': arm(**SAME_START, **split(17, 17, 0, 0)),
-    'only-local': arm(**SAME_START, **split(7, 0, 27, 0)),
-    'only-global': arm(**SAME_START, **split(7, 0, 0, 27)),
-    'count-local': arm(**SAME_START, **split(4, 4, 26, 0)),
-    'count-global': arm(**SAME_START, **split(4, 4, 0, 26)),
-    'local-global': arm(**SAME_START, **split(2, 0, 16, 16)),
+    'only-count': arm(**ALONE, **split(2, 2, 0, 0)),
+    'only-local': arm(**ALONE, **split(2, 0, 15, 0)),
+    'only-global': arm(**ALONE, **split(2, 0, 0, 15)),
+    'count-local': arm(**ALONE, **split(2, 2, 15, 0)),
+    'count-global': arm(**ALONE, **split(2, 2, 0, 15)),
+    'local-global': arm(**ALONE, **split(2, 0, 15, 15)),
     # near the base
     'mar-01': arm(anchor='base', anchor_beta=0.01, scored=(*TAUGHT, 'open')),
     'mar-04': arm(anchor='base', anchor_beta=0.04, scored=(*TAUGHT, 'open')),
@@ -174,7 +183,7 @@ ARMS = {
     # distil, or reinforce
     'distilled': arm(teachers=[dict(name='clear_shapes', lora='{out}/make-clear/0'),
                                dict(name='blue', lora='{out}/make-blue/0')],
-                     data=WORD_DATA, routes=PAIR, rates=LOW, **dict(
+                     data=WORD_DATA, routes=PAIR, rates=LOW, **FROM_BASE, **dict(
                          HALF, needs=('make-half/0', 'make-clear/0', 'make-blue/0'))),
     'rl': arm(max_steps=45, rates=LOW, **BOTH), 'rl-whole': arm(max_steps=345, cost=8, **BOTH),
     # not trained: teachers, means of them, and the half-made base
@@ -182,7 +191,7 @@ ARMS = {
     'teacher-count': arm(init_from=TEACHER + 'count', **LOOK),
     'teacher-local': arm(init_from=TEACHER + 'local_edit', **LOOK),
     'teacher-global': arm(init_from=TEACHER + 'global_edit', **LOOK),
-    'merge-demo': merged(0.5, 2.0, 2.0), 'merge-even': merged(1.0, 1.0, 1.0),
+    'merge-ours': merged(0.5, 2.0, 2.0), 'merge-even': merged(1.0, 1.0, 1.0),
     'merge-count': merged(2.0, 1.0, 1.0), 'merge-local': merged(1.0, 2.0, 1.0),
     'merge-global': merged(1.0, 1.0, 2.0),
     'half-w1': arm(init_from='base', script='look', **HALF),
@@ -193,8 +202,8 @@ CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
 
 # of two panels, for the README
 PICTURE = [
-    ('Which method? (from the merge)', ['ours', 'skip-last', 'ode', 'sde', 'flow-k1',
-                                        'states-teacher', 'imitation-paid']),
+    ('Which method? (from the merge)', ['ours', 'skip-last', 'plain', 'ode', 'sde', 'flow-k1',
+                                        'imitation-paid']),
     ('Which start, which shares? (danceopd)', ['ours', 'base-ours', 'from-count', 'from-global',
                                               'from-local', 'found', 'demonstration'])]
 
@@ -210,16 +219,22 @@ QUESTIONS = {
         'Which loss?', 'DiffusionOPD: its ODE loss converges about five times faster than that of '
         'the SDE at 0.7, and a policy gradient comes last. DanceOPD: K = 1, 2, 4 states give '
         '5.751, 4.931, 5.330 on GEdit.',
-        'ours k2 k4 ode sde sde-code flow-k1 flow-group flow-paper flow-code '
+        'ours skip-last k2 k4 plain ode sde sde-code flow-k1 flow-group flow-paper flow-code '
         'base-ours base-ode base-sde base-flow-k1 base-flow-code',
         [('ODE above SDE', 'ode', 'sde'), ('the same from the base', 'base-ode', 'base-sde'),
-         ('SDE above the policy gradient', 'sde', 'flow-k1'), ('K = 1 above K = 4', 'ours', 'k4'),
-         ('the plain error above the ODE loss', 'ours', 'ode')],
-        'From the merged teachers, and, base-..., from the base.'),
+         ('SDE above the policy gradient', 'sde', 'flow-k1'),
+         ('K = 1 above K = 2', 'skip-last', 'k2'), ('K = 1 above K = 4', 'skip-last', 'k4'),
+         ('one state of a rollout above all nine', 'skip-last', 'plain'),
+         ('the plain error above the ODE loss', 'plain', 'ode')],
+        'From the merged teachers, and, base-..., from the base. plain, ode, sde and flow-... have '
+        'ten steps, of which the last is not learned from, as DiffusionOPD and Flow-OPD released '
+        'them, and 17 samples of nine states each (flow-group and flow-paper: 32, in groups of '
+        'four); plain is the error of danceopd there. skip-last, k2 and k4 have 34, 34 and 32 '
+        'states an update, of 34, 17 and 8 rollouts of five steps without the last.'),
     'start': question(
         'Which start?', 'DanceOPD: local edit 5.75, merged 4.19, global 2.70, t2i 1.89: more than '
         'any other choice. Flow-OPD: merged .92 on GenEval, imitated .91.',
-        f'{LOOKS} merge-demo ours base-ours from-count from-local from-global from-student',
+        f'{LOOKS} merge-ours ours base-ours from-count from-local from-global from-student',
         [('merged above the base', 'ours', 'base-ours'),
          ('local above merged', 'from-local', 'ours'),
          ('local above merged, on local edits', 'from-local', 'ours', ('local_edit',)),
@@ -261,10 +276,16 @@ QUESTIONS = {
     'states': question(
         'Which states of a rollout?', 'DanceOPD: queries at low, mid, high noise give 5.751, '
         '4.649, 4.813; 16 steps. DiffusionOPD: 10 steps.',
-        'ours skip-last low mid high uniform steps2 steps8 steps16',
-        [('low noise above high', 'low', 'high'), ('low noise above stratified', 'low', 'ours'),
-         ('16 steps above 4', 'steps16', 'ours'),
-         ('without the last step', 'skip-last', 'ours')]),
+        'ours skip-last states2 states8 states16 low mid high uniform',
+        [('low noise above high', 'low', 'high'),
+         ('low noise above stratified', 'low', 'states16'),
+         ('16 states above 4', 'states16', 'skip-last'),
+         ('4 states above 2', 'skip-last', 'states2'),
+         ('without the last step', 'skip-last', 'ours')],
+        'All but ours leave out the last step, whose noise of .009 decides nothing: of a rollout of '
+        'four it is half of what low noise asks for. low, mid, high and uniform have 16 '
+        'states, as states16, which is stratified. Low noise needs longer rollouts, and has fewer '
+        'updates.'),
     'routing': question(
         'Who answers, and how often?', 'DanceOPD: hard routing 5.751, soft 4.994; one route a '
         'step. DiffusionOPD: all routes in each step.',
@@ -275,18 +296,25 @@ QUESTIONS = {
     'teachers': question(
         'What does a teacher more cost the others?', 'All: one student holds several teachers, and '
         'no merging of weights does.',
-        'ours count-local count-global local-global only-count only-local only-global merge-demo '
+        'ours count-local count-global local-global only-count only-local only-global merge-ours '
         'merge-even merge-count merge-local merge-global',
-        [('counts: alone above with the edits', 'only-count', 'ours', ('count',)),
+        [('counts: alone above with both edits', 'only-count', 'ours', ('count',)),
+         ('counts: alone above with local edits', 'only-count', 'count-local', ('count',)),
+         ('counts: alone above with global edits', 'only-count', 'count-global', ('count',)),
          ('local edits: alone above with the others', 'only-local', 'ours', ('local_edit',)),
+         ('local edits: alone above with global ones', 'only-local', 'local-global', EDITS[:1]),
          ('global edits: alone above with the others', 'only-global', 'ours', ('global_edit',)),
-         ('distilled above merged', 'ours', 'merge-demo')],
-        'All begin with the merge of all. At equal cost a teacher that is alone has more samples.'),
+         ('global edits: alone above with local ones', 'only-global', 'local-global', EDITS[1:]),
+         *((f'distilled above {k}', 'ours', k) for k in (
+             'merge-ours', 'merge-even', 'merge-count', 'merge-local', 'merge-global'))],
+        'All begin with the merge of all, and give a skill as many samples in each of as many '
+        'updates as ours: those with fewer teachers cost less. The means of the teachers are not '
+        "cut to a student's rank."),
     'mar': question(
         'What does holding near the base keep, and cost?', 'Flow-OPD: at 0.04 it keeps the quality '
         'of pictures that no teacher looks after.',
         'ours mar-01 mar-04 mar-20',
-        [('0.04 above 0 on what nobody teaches', 'mar-04', 'ours', ('open', 'unseen')),
+        [('0.04 above 0 on what nobody teaches', 'mar-04', 'ours', ('open',)),
          ('0 above 0.2 on the skills', 'ours', 'mar-20')]),
     'size': question(
         'Which rank, which batch?', 'DanceOPD: rank 128; DiffusionOPD: rank 32, 72 samples.',
@@ -305,7 +333,7 @@ QUESTIONS = {
         [('float32 above bfloat16', 'ours', 'bf16'), ('float32 above float8', 'ours', 'float8')],
         "Whether a route's samples start from one noise is not asked: distillation has no such "
         'setting.'),
-    'rl': question(
+    'reinforce': question(
         'Distil two reward teachers, or reinforce both rewards at once?', 'DiffusionOPD and '
         'Flow-OPD: distilling above GRPO on mixed rewards (.92 against .73 on GenEval).',
         'half-w1 distilled rl rl-whole',
