@@ -219,7 +219,8 @@ def add_to_base(model_folder, adapter, out):
             name = file.name if len(files) > 1 else 'diffusion_pytorch_model.safetensors'
             save_file(_added(file, adapter), tmp / name, {'format': 'pt'})
         for file in files[0].parent.glob('*.json'):
-            shutil.copy(file, tmp)
+            if len(files) > 1 or not file.name.endswith('.index.json'):    # of one file it is wrong
+                shutil.copy(file, tmp)
         os.rename(tmp, out)  # before this line there is no half model under the name asked for
     except (OSError, safetensors.SafetensorError) as e:
         raise BadInput(f'{out} could not be written: {e}') from e

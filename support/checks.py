@@ -283,7 +283,7 @@ def check_data(c, families, labels=(), need_target=False):
     c.routes = [dict(r, size=pixels(r.get('resolution', c.resolution))) for r in c.routes or
                 [dict(data=k, weight=float(len(b))) for k, b in data.buckets.items()]]
     family, data.pipeline, configs = peek(c.model, families, c.family)
-    check_sizes(family, data.pipeline, configs, c.routes, data.buckets)
+    check_sizes(family, data.pipeline, configs, c.routes, data)
     return data
 
 

@@ -43,6 +43,7 @@ class Judges:
         self.pool, self.buffer = ThreadPoolExecutor(1, initializer=set_gpu), c.buffer
         self.memory = {(prompt, name, step): deque(past, c.buffer)
                        for prompt, name, step, past in folder.state if name in self.weights}
+        folder.kept = lambda: [(*k, list(past)) for k, past in self.memory.items()]
 
     def ask(self, images, rows):
         """A tensor a reward. `submit` does it later."""
@@ -78,7 +79,6 @@ class Judges:
         for (_, prompt, R), (r, i) in itertools.product(found, each):
             past = self.memory.setdefault((prompt, names[r], i), deque(maxlen=self.buffer))
             past.append(R[r][i])
-        self.folder.state = [(*k, list(past)) for k, past in self.memory.items()]
         batch = {(r, i): [R[r][i] for _, _, R in found] for r, i in each}
         advantages = {number: [0.0] * len(steps) for number, _, _ in found}
         for (number, prompt, R), (r, i) in itertools.product(found, each):

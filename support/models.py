@@ -53,10 +53,14 @@ def check_size(family, pipeline, configs, height, width, editing=False):
          f"{name}'s table of positions, {most[0]} x {most[1]} pixels{' with a source' * editing}")
 
 
-def check_sizes(family, pipeline, configs, routes, buckets):
+def check_sizes(family, pipeline, configs, routes, data):
     """The same of each route, which edits if its own bucket has sources."""
     for r in routes:
-        check_size(family, pipeline, configs, *r['size'], buckets[r['data']].sources > 0)
+        own, held = data.buckets[r['data']], data.held[r['data']]
+        check_size(family, pipeline, configs, *r['size'], own.sources > 0)
+        bare = [b.name for b in (own, held) if b.sources < len(b)]
+        need(not bare or not family or not family.sees_source, f'{pipeline} reads no words without '
+             f'a source picture: bucket {bare and bare[0]!r} has rows that have no source_image')
 
 
 def check_samples(family, pipeline, configs, samples):
@@ -173,19 +177,26 @@ class Prompts:
     def __init__(self, network, gb):
         self.network, self.field, self.most = network, network.field, gb * 1e9
         self.known, self.bytes, self.coming = {}, 0, iter(())
+        self.held, self.ahead = set(), set()                   # what stays; what is not used yet
 
     def key(self, row):
         source = row['source_image']
         return row['prompt'], source if self.field.sees_source else bool(source)
 
+    def keys(self, row):
+        """With and without the words."""
+        key = self.key(row)
+        return key, ('', key[1])
+
     def begin(self, rows, buckets):
         """The rows that a run evaluates on; and all of its data, if there is room: then no encoder
         is needed any more."""
         rows = list(rows) or [b[0] for b in buckets.values()]
-        self.add(k for r in rows for k in (self.key(r), ('', self.key(r)[1])))
+        self.add(k for r in rows for k in self.keys(r))
+        self.held = {*self.known}
         most, keys = self.most / (self.bytes / len(self.known)), dict.fromkeys(self.known)
         for row in itertools.chain(*buckets.values()):
-            keys |= {self.key(row): None, ('', self.key(row)[1]): None}
+            keys |= dict.fromkeys(self.keys(row))
             if len(keys) > most:
                 return
         self.add(keys)
@@ -194,18 +205,22 @@ class Prompts:
 
     def expect(self, rows):
         """Rows to come, in their order: a generator may go on for ever."""
-        self.coming = (self.key(r) for r in rows)
+        self.coming = (k for r in rows for k in self.keys(r))
 
     def add(self, keys, ahead=4096):
         """Encodes what is missing, one prompt at a time: its embedding depends on nothing else, so
-        that a resume is exact. If there is no room, half goes: what was not used lately."""
+        that a resume is exact. If there is no room, half goes: what was not used lately, and, only
+        if that is too little, what was brought for later. What a run evaluates on stays, or every
+        evaluation would drive out what comes next."""
         keys = dict.fromkeys(keys)
         missing = [k for k in keys if k not in self.known]
         if not missing:
             return
-        for k in [k for k in self.known if k not in keys] if self.bytes > self.most / 2 else ():
+        spare = [k for k in self.known if k not in keys and k not in self.held]
+        for k in sorted(spare, key=lambda k: k in self.ahead):
             if self.bytes > self.most / 2:
                 self.bytes -= nbytes(self.known.pop(k))
+                self.ahead.discard(k)
         with self.network.away():
             more = itertools.islice(self.coming, ahead)
             bar = tqdm(itertools.chain(missing, more), desc='encoding prompts', delay=3,
@@ -215,6 +230,7 @@ class Prompts:
                     found = self.field.encode(*key)
                     self.known[key] = {k: to_device(x, 'cpu') for k, x in found.items()}
                     self.bytes += nbytes(self.known[key])
+                    self.ahead |= {key} if n >= len(missing) else set()
                 if n + 1 >= len(missing) and self.bytes > self.most:
                     break
 
@@ -222,10 +238,11 @@ class Prompts:
     def condition(self, batch):
         """Gives samples what a field takes, `cond`, and the same without the words, `empty`, for
         guidance. It is on the device, brought there once for all the forwards to come."""
-        keys = [(self.key(s.row), ('', self.key(s.row)[1])) for s in batch]
+        keys = [self.keys(s.row) for s in batch]
         distinct = dict.fromkeys(k for pair in keys for k in pair)
         self.add(distinct)
         self.known |= {k: self.known.pop(k) for k in distinct}         # lately used
+        self.ahead.difference_update(distinct)
         here = {k: {name: to_device(x, self.field.device) for name, x in self.known[k].items()}
                 for k in distinct}
         for s, (key, nothing) in zip(batch, keys):
@@ -293,8 +310,8 @@ class Network:
         """All of a run. Prompts known ahead are encoded before the network is on the device."""
         field = open_field(families, c.model, c.dtype, device, c.family, c.max_sequence_length,
                            c.distilled_guidance, c.base_storage)
-        check_sizes(type(field), type(field.pipe).__name__, field.configs, c.routes,
-                    data.buckets)                              # of a hub id, known only now
+        # of a hub id, known only now
+        check_sizes(type(field), type(field.pipe).__name__, field.configs, c.routes, data)
         models = cls(field, teachers, c.cache_gb, getattr(c, 'mixing', 'hard'),
                      getattr(c, 'teacher_offload', False), bool(c.base_storage))
         models.prompts.begin([r for rows in held.values() for r in rows], data.buckets)

@@ -12,13 +12,15 @@ import torch.distributed as dist
 from configurator import BadInput, need
 
 
-def device_of(device, local=0):
+def device_of(device, local=0, several=False):
     """The device that a setting names, '' for a GPU if there is one; of several processes each has
     its own."""
     try:
         found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except RuntimeError as e:
         raise BadInput(f'device: {device!r} is not known; cpu, cuda or cuda:1') from e
+    need(not several or found.index is None, f'device = {device!r}: each process takes one of its '
+         'own; leave it at cuda')
     if found.type == 'cuda':
         found = torch.device('cuda', local if found.index is None else found.index)
         there = torch.cuda.device_count()
@@ -37,7 +39,7 @@ def launch(device='', tf32=True):
     """This process among all: rank, size, device. Works with and without torchrun."""
     rank, size, local = (int(os.environ.get(k, d))
                          for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    device = device_of(device, local)
+    device = device_of(device, local, size > 1)
     gpu = device.type == 'cuda'
     if gpu:
         torch.cuda.set_device(device)

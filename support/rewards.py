@@ -19,7 +19,7 @@ vision-language judges): serve them.
 python -c "from support import rewards; import torch; \
     print(rewards.load('jpeg')(torch.rand(2, 3, 64, 64), [{}, {}]))"
 """
-import base64, difflib, functools, http.client, io, json, socket, threading, time
+import base64, difflib, functools, http.client, io, json, os, socket, threading, time
 import urllib.parse, urllib.request
 from pathlib import Path
 
@@ -280,6 +280,9 @@ def check(name):
         need(len(where) <= 2 * (kind in MODELS),
              f'{name}: {kind} takes {"at most two @" if kind in MODELS else "no @"}')
         need(kind != 'aesthetic' or ''.join(where[:1]).endswith('.safetensors'), CONVERT)
+        for place in where:
+            need(not place.startswith(('/', '.', '~')) or Path(place).expanduser().exists(),
+                 f'{name}: {place} does not exist')
 
 
 def load(name, device='cpu', **options):
@@ -291,7 +294,7 @@ def load(name, device='cpu', **options):
     if '.py' in name:
         return from_file(name)
     kind, *where = name.split('@')
-    return (BUILT_IN | MODELS)[kind](str(device), *where)
+    return (BUILT_IN | MODELS)[kind](str(device), *map(os.path.expanduser, where))
 
 
 # --------------------------------------------------------------------------------------------------

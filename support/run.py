@@ -11,6 +11,7 @@ from tqdm import tqdm
 import merge_lora
 from configurator import BadInput, need
 from support import rewards
+from support.checks import STARTS
 from support.disk import place, write_text, writing
 from support.files import RewardError, draw_pairs, grid, judged, one_line
 from support.log import Log, read_log
@@ -20,15 +21,17 @@ from support.processes import gather
 
 class Folder:
     """Where a run keeps its `log`, pictures and checkpoints; one process writes. `resumed` is the
-    checkpoint that is resumed, or None, `first` its step, `state` what a method keeps besides
-    weights, `stills` pictures that do not change."""
+    checkpoint that is resumed, or None, `first` its step, `state` what it kept besides weights,
+    `kept` what is kept now, `stills` pictures that do not change."""
 
     def __init__(self, c, world, teachers=()):
         self.c, self.world, self.out, self.first = c, world, Path(c.out_dir), 0
-        self.state, self.stills = [], {}
+        self.state, self.kept, self.stills = [], list, {}
         self.log = Log(self.out / 'log.jsonl', world)
         paths = {t['name']: t.get('lora') or t.get('checkpoint') or c.model for t in teachers}
         found = {t['name']: merge_lora.find(t['lora']) for t in teachers if t.get('lora')}
+        if c.init_from not in STARTS:                          # is it there, on the hub as well?
+            merge_lora.find(c.init_from)
         self.meta = dict(
             settings={k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')},
             teachers={k: dict(path=p, sha256=sha256(found.get(k, p))) for k, p in paths.items()})
@@ -78,7 +81,7 @@ class Folder:
     def save(self, step, models):
         notes = gather(self.world, self.log.notes)
         if self.world.rank == 0:
-            meta = {**self.meta, 'state': self.state, 'notes': notes, 'step': step}
+            meta = {**self.meta, 'state': self.kept(), 'notes': notes, 'step': step}
             save_checkpoint(self.out, step, self.student.save, self.prefix, meta, self.c.ckpt_keep)
         gather(self.world, [])
         stop = self.world.stop                                 # until the next step nothing is lost

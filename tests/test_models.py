@@ -1,5 +1,6 @@
 """What is loaded, and how it is kept: whole components, a base in 8 bits, prompts in their turn."""
 from pipelines import *
+from support.processes import device_of
 
 FEW = ['--max_steps=2', '--eval_samples=2', '--show=1', '--score=', '--log_every=1', '--device=cpu',
        '--sample_steps=2', '--micro_batch=6', '--batch_size=6', '--save_every=1', '--ckpt_keep=9',
@@ -211,3 +212,29 @@ def test_a_picture_of_another_size_keeps_its_shape_in_a_grid(tmp_path):
     files.grid(rows, tmp_path / 'grid.png', scale=1)
     black = np.asarray(Image.open(tmp_path / 'grid.png').convert('L')) == 0
     assert black.sum() == 24 * 24 + 12 * 24
+
+
+def test_where_words_see_the_source_a_row_without_one_is_refused_before_weights():
+    """By its name, of the training rows and of the held-out ones."""
+    family = M.find_family(T.FAMILIES, 'QwenImageEditPipeline')
+    routes = [dict(data='edits', size=(32, 32))]
+
+    def bucket(name, *sources):
+        rows = files.Bucket(name)
+        for x in sources:
+            rows.sources += bool(x)
+            rows.place.append(0)
+        return rows
+    whole, bare = bucket('edits', 'a.png', 'b.png'), bucket('edits_val', 'a.png', '')
+    for own, held, fine in ((whole, whole, True), (bare, whole, False), (whole, bare, False)):
+        data = files.Data(dict(edits=own), dict(edits=held))
+        if fine:
+            M.check_sizes(family, 'QwenImageEditPipeline', {}, routes, data)
+        else:
+            with pytest.raises(BadInput, match="bucket 'edits_val' has rows that have no source"):
+                M.check_sizes(family, 'QwenImageEditPipeline', {}, routes, data)
+
+
+def test_of_several_processes_none_is_given_anothers_gpu():
+    with pytest.raises(BadInput, match="device = 'cuda:0': each process takes one of its own"):
+        device_of('cuda:0', 1, several=True)

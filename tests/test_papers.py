@@ -71,7 +71,7 @@ def test_the_demonstration_is_the_arm_of_its_name(study):
 
 def test_arms_of_a_question_have_steps_of_equal_cost(study):
     study.budget = runs.BUDGET
-    for name in ('ours', 'ode', 'high', 'mar-04', 'imitation', 'imitation-paid'):
+    for name in ('ours', 'ode', 'low', 'flow-group', 'mar-04', 'imitation', 'imitation-paid'):
         script, words, s, data = runs.checked(runs.Run(name, 0), study)
         n = runs.steps_of(questions.ARMS[name], script, s, data, study)
         trained = n * runs.rehearsed(script, s, data, 20)
@@ -114,7 +114,7 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
 def test_averages_and_warm_ups_have_the_same_share_of_all_runs(study):
     study.budget, left = runs.BUDGET, {}
     for name in ('ours', 'ode', 'flow', 'batch8', 'imitation', 'imitation-paid', 'no-ema',
-                 'ours-twice'):
+                 'ours-twice', 'only-count'):
         r = runs.Run(name, 0)
         script, words, s, data = runs.checked(r, study)
         n = runs.steps_of(questions.ARMS[name], script, s, data, study)
@@ -158,31 +158,32 @@ def test_cost_at_which_teachers_are_held():
 def test_order_and_rates(study):
     study.only, found = 'loss', {}
     names = [f'{r.name}/{r.seed}' for r in papers.wanted(study, found)]
-    assert names[:4] == ['ours/0', 'k2/0', 'k4@0.004/0', 'k4@0.008/0'] and 'k4@?/2' in names
+    assert names[2:6] == ['k2/0', 'k4/0', 'plain@0.003/0', 'plain@0.008/0']
+    assert 'plain@?/2' in names
     assert len(names) == len(set(names))
-    for rate, end in ((0.004, 0.5), (0.008, 0.7), (0.016, 0.6)):
-        found[f'k4@{rate:g}', 0] = made_up(end, lr=rate)
-    assert report.best_rate('k4', found) == 'k4@0.008'
+    for rate, end in ((0.003, 0.5), (0.008, 0.7), (0.016, 0.6)):
+        found[f'plain@{rate:g}', 0] = made_up(end, lr=rate)
+    assert report.best_rate('plain', found) == 'plain@0.008'
     left = papers.wanted(study, found)
-    assert len(left) == len(names) and runs.Run('k4@0.008', 2) in left
-    one = runs.Run('k4@0.008', 0)                              # of a trial the end is enough
+    assert len(left) == len(names) and runs.Run('plain@0.008', 2) in left
+    one = runs.Run('plain@0.008', 0)                              # of a trial the end is enough
     assert papers.done(one, study, found)
-    found['k4@0.008', 0]['points'][:4] = []
-    found['k4@0.004', 0]['points'][:4] = []
+    found['plain@0.008', 0]['points'][:4] = []
+    found['plain@0.003', 0]['points'][:4] = []
     assert one in papers.missing(study, found) and not papers.done(one, study, found)
-    assert papers.done(runs.Run('k4@0.004', 0), study, found)
-    found['k4@0.008', 0]['steps'] = 1                          # of a run of one step that is all
+    assert papers.done(runs.Run('plain@0.003', 0), study, found)
+    found['plain@0.008', 0]['steps'] = 1                          # of a run of one step that is all
     assert papers.done(one, study, found)
     assert papers.minutes_of(one, study, {}) < papers.minutes_of(one, study, found)
-    found['k4@0.008', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
-    assert report.best_rate('k4', found) == 'k4@0.016'
+    found['plain@0.008', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
+    assert report.best_rate('plain', found) == 'plain@0.016'
     study.only = 'start'
     order = papers.wanted(study, {})
     assert order.index(runs.Run('ours', 1)) < order.index(runs.Run('from-student', 0))
     assert not papers.ready(runs.Run('from-student', 0), study)
-    study.only = 'start,k4'
+    study.only = 'start,plain'
     assert {r.name for r in papers.wanted(study, {}) if r not in order} == {
-        'k4@0.004', 'k4@0.008', 'k4@0.016', 'k4@?'}
+        'plain@0.003', 'plain@0.008', 'plain@0.016', 'plain@?'}
     study.only = 'strat'
     with pytest.raises(BadInput, match='strat'):
         papers.wanted(study, {})
@@ -198,12 +199,13 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     assert empty.count('## ') == len(questions.QUESTIONS)
     assert 'ODE above SDE: **not run yet**' in empty
     found = {('ours', s): made_up(0.8 + s / 100, s) for s in range(3)}
-    found |= {(f'k4@{x:g}', 0): made_up(0.5, lr=x) for x in questions.TUNED}
-    found |= {('k4@0.004', s): made_up(0.5 + s / 100, s, lr=0.004) for s in (1, 2)}
+    found |= {('skip-last', s): made_up(0.8 + s / 100, s) for s in range(3)}
+    found |= {(f'plain@{x:g}', 0): made_up(0.5, lr=x) for x in questions.LOSSES}
+    found |= {('plain@0.003', s): made_up(0.5 + s / 100, s, lr=0.003) for s in (1, 2)}
     found['k2', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
     said = papers.report_of(study, found)
-    assert 'K = 1 above K = 4: **yes** (+30.0, +30.0, +30.0)' in said
+    assert 'one state of a rollout above all nine: **yes** (+30.0, +30.0, +30.0)' in said
     assert '81.0 (80.0, 81.0, 82.0)' in said and '| k2 |  | failed' in said
-    assert '- k4: 0.004: 50.0, 0.008: 50.0, 0.016: 50.0 (the best is at the edge' in said
+    assert '- plain: 0.003: 50.0, 0.008: 50.0, 0.016: 50.0 (the best is at the edge' in said
     assert '(papers/loss.png)' in said and '(papers/mar.png)' not in said     # of one arm alone
-    assert '(papers/rl.png)' not in said
+    assert '(papers/reinforce.png)' not in said

@@ -83,7 +83,7 @@ def test_what_is_needed_is_there_and_never_more_than_the_limit_and_a_batch(most)
         assert prompts.bytes == ONE * len(prompts.known)
     assert max(peak) <= (most + 5) * ONE
     if most >= 60:
-        assert net.visits == 1 and len(net.seen) == len({p for step in steps for p in step})
+        assert net.visits == 1 and len(net.seen) == 1 + len({*sum(steps, [])})   # and no words
     if most == 20:                                             # visits bring what comes next
         assert net.visits < 30
 
@@ -96,6 +96,28 @@ def test_what_was_lately_used_stays():
     assert [*prompts.known] == keys(1, 2, 3, 0, '')
     prompts.add(keys(4))
     assert [*prompts.known] == keys(2, 3, 0, '', 4)
+
+
+@pytest.mark.parametrize('sees', [False, True])
+def test_what_a_run_evaluates_on_drives_out_nothing(sees):
+    """A cache that is smaller than the data, with evaluations between the steps: the encoders come
+    when it is empty, and not for every batch from the first evaluation on."""
+    net, gb = room_for(100)
+    net.sees_source, each = sees, 2 if sees else 1
+    prompts, r = M.Prompts(net, gb), random.Random(0)
+    rows = [row(i, f'{i}.png') for i in range(2000)]
+    held = [row(f'held {i}', f'{i}.png') for i in range(8)]
+    prompts.begin(held, dict(x=rows))
+    steps = [[r.choice(rows) for _ in range(8)] for _ in range(100)]
+    prompts.expect(x for step in steps for x in step)
+    for i, step in enumerate(steps):
+        if i % 10 == 0:
+            for few in (held[:4], held[4:]):
+                prompts.condition([T.Sample(x, (8, 8), None) for x in few])
+        for few in (step[:4], step[4:]):
+            prompts.condition([T.Sample(x, (8, 8), None) for x in few])
+    assert len(set(net.seen)) <= len(net.seen) < each * 1.1 * 800 + 16 + each
+    assert net.visits < 2 + each * 800 / 40                    # half of the room at a time, or more
 
 
 def test_data_that_has_room_is_encoded_at_once_and_the_encoders_go():

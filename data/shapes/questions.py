@@ -282,8 +282,8 @@ QUESTIONS = {
          ('16 states above 4', 'states16', 'skip-last'),
          ('4 states above 2', 'skip-last', 'states2'),
          ('without the last step', 'skip-last', 'ours')],
-        'All but ours leave out the last step, whose noise of .009 decides nothing: of a rollout of '
-        'four it is half of what low noise asks for. low, mid, high and uniform have 16 '
+        'All but ours leave out the last step, whose noise of .009 decides nothing: of a rollout '
+        'of four it is half of what low noise asks for. low, mid, high and uniform have 16 '
         'states, as states16, which is stratified. Low noise needs longer rollouts, and has fewer '
         'updates.'),
     'routing': question(
