@@ -16,7 +16,6 @@ the place of earlier ones. Left out on purpose: stochastic samplers, negative pr
 """
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ from support.models import attach, check_samples
 from support.processes import launch, torch_rng
 from support.run import locked
 from support.verify import verify as verified
-from train_opd import FAMILIES, Models, Sample, denoise, first_states, micro_batches, open_field
+from train_opd import FAMILIES, Models, Sample, micro_batches, open_field, pictures
 
 # --------------------------------------------------------------------------------------------------
 # Settings. 0, None and '' take what the checkpoint's run had
@@ -129,22 +128,20 @@ def draw(c, models, who, rows):
     """(sample, picture, what the score says of it or None) of all. A score that fails is not asked
     again, and ends the run when all is drawn."""
     judge, failed = rewards.load(c.score, models.field.device) if c.score else None, None
-    velocity = partial(models.velocity, who, w=c.guidance)
     models.prompts.expect(s.row for s in rows)
     samples = [replace(s, noise=torch_rng(c.seed, i, k), number=k, group=i)
                for i, s in enumerate(rows) for k in range(c.num)]
     for batch in micro_batches(samples, models, SimpleNamespace(micro_batch=c.batch_size)):
-        z, sigmas = first_states(batch, models, c.steps), models.sigmas(batch, c.steps)
-        pictures = models.field.decode(denoise(velocity, batch, z, sigmas)).cpu()
+        drawn = pictures(who, batch, models, c.steps, c.guidance).cpu()
         said = [None] * len(batch)
         try:
             if judge and not failed:
-                said = files.ask(f'score {c.score}', judge, pictures, [s.row for s in batch])
+                said = files.ask(f'score {c.score}', judge, drawn, [s.row for s in batch])
         except files.RewardError as e:
             failed = e
         for s in batch:
             s.cond = s.empty = None                            # makes room on the device
-        yield from zip(batch, pictures, said)
+        yield from zip(batch, drawn, said)
     if failed:
         raise files.RewardError(f'{failed}. All pictures are in {c.out_dir}') from failed
 

@@ -505,6 +505,13 @@ def denoise(velocity, batch, z, sigmas):
     return z
 
 
+def pictures(who, batch, models, n, w=1.0):
+    """Drawn in n Euler steps with guidance w: pixels in [0, 1]."""
+    velocity = partial(models.velocity, who, w=w)
+    z = denoise(velocity, batch, first_states(batch, models, n), models.sigmas(batch, n))
+    return models.field.decode(z)
+
+
 @torch.no_grad()
 def student_states(batch, models, c, velocity=None):
     """What rollouts come by at their samples' queries: [(sample, sigma, state)]. A sample leaves
@@ -757,10 +764,8 @@ def render(who, route, rows, models, c, world, own=False):
                for i, row in enumerate(rows)]
     done = []
     for batch in micro_batches(samples[world.rank::world.size], models, c):
-        z = first_states(batch, models, c.sample_steps)
-        sigmas = models.sigmas(batch, c.sample_steps)
-        z = denoise(partial(models.velocity, who, w=w), batch, z, sigmas)
-        done += [(s.number, x.clone()) for s, x in zip(batch, models.field.decode(z).cpu())]
+        drawn = pictures(who, batch, models, c.sample_steps, w).cpu()
+        done += [(s.number, x.clone()) for s, x in zip(batch, drawn)]
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
 
 

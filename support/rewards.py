@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from configurator import BadInput, need
 from support.disk import write_text
-from support.files import RewardError, ask, load_function as from_file, number, one_line, save_png
+from support.files import (RewardError, ask, load_function as from_file, number, one_line, save_png,
+                           to_picture)
 
 BATCH = 16
 MOST_BYTES = 1 << 20                # of a server's answer
@@ -45,8 +45,7 @@ t.load('sac+logos+ava1-l14-linearMSE.pth', 'cpu', weights_only=True), 'aesthetic
 
 def pictures(images):
     """(n, 3, h, w) in [0, 1] -> n PIL images."""
-    x = (images.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte()
-    return [Image.fromarray(p) for p in x.permute(0, 2, 3, 1).cpu().numpy()]
+    return [to_picture(x) for x in images]
 
 
 def encoded(picture, kind, **options):

@@ -15,7 +15,7 @@ import torch
 
 from support.files import load_image, one_line, open_image, save_png, to_picture
 from support.processes import torch_rng
-from train_opd import denoise, first_states
+from train_opd import pictures
 
 GUIDANCE = 3.0                      # ours: 1 is none
 EXACT, ROUNDED = 2e-3, 0.25         # the largest difference, as a share of the pictures' range
@@ -111,9 +111,7 @@ def drawn(models, who, sample, n, w):
         words = call(models, sample, n, w, takes)
         sample = replace(sample, noise=torch_rng('verify'))
         models.prompts.condition([sample])
-        z = first_states([sample], models, n)
-        z = denoise(partial(models.velocity, who, w=w), [sample], z, models.sigmas([sample], n))
-        ours = field.decode(z).float().cpu()
+        ours = pictures(who, [sample], models, n, w).float().cpu()
         eps = torch.randn(field.shape(*sample.size), generator=torch_rng('verify'))
         own, low = field.vae.dtype, field.dtype                # it wants one dtype; Omni, bfloat16
         low = torch.bfloat16 if path and 'Omni' in type(pipe).__name__ else low

@@ -18,7 +18,6 @@ would be.
 """
 import csv, json, math, shutil, sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ import train_opd
 import train_teacher
 import world
 from support.files import grid, read_data
-from train_opd import Models, Sample, first_states, rng, torch_rng
+from train_opd import Models, Sample, rng, torch_rng
 
 out = 'data/shapes'                 # where everything is written
 work = 'out/prepare'                # the teachers' training pairs and unfinished runs
@@ -361,9 +360,7 @@ def pictures(models, who, rows, seed, steps=16):
         batch = [Sample(r, size, torch_rng('measure', seed, at + i))
                  for i, r in enumerate(rows[at:at + 128])]
         models.prompts.condition(batch)
-        z, sigmas = first_states(batch, models, steps), models.sigmas(batch, steps)
-        z = train_opd.denoise(partial(models.velocity, who), batch, z, sigmas)
-        out.append(models.field.decode(z))
+        out.append(train_opd.pictures(who, batch, models, steps))
     return torch.cat(out)
 
 
