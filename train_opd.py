@@ -256,12 +256,17 @@ class Field:
     def encode_source(self, path, height, width):
         return {'source': self.encode_image(load_image(path, height, width)[None])[0]}
 
-    def decode(self, z):
-        """Latents -> pixels in [0, 1], a quarter megapixel at a time."""
+    def unscaled(self, z):
+        """Latents as the VAE decodes them."""
         k = self.vae.config
-        z = (z / k.scaling_factor + (k.shift_factor or 0)).to(self.vae.dtype)
-        few = z.split(max(1, 2 ** 18 // (z.shape[2] * z.shape[3] * self.factor ** 2)))
-        return torch.cat([(self.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1) for x in few])
+        return z / k.scaling_factor + (k.shift_factor or 0)
+
+    def decode(self, z):
+        """Latents -> pixels in [0, 1], a quarter megapixel at a time; a video's one frame is one."""
+        z = self.unscaled(z).to(self.vae.dtype)
+        few = z.split(max(1, 2 ** 18 // (z.shape[-1] * z.shape[-2] * self.factor ** 2)))
+        x = torch.cat([self.vae.decode(x).sample.float().flatten(1, -3) for x in few])
+        return (x / 2 + 0.5).clamp(0, 1)
 
     def velocity(self, z, sigma, cond):
         """z (B, C, H, W), sigma (B,) float32 -> v float32. Autocast lives here and nowhere else."""

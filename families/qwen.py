@@ -52,12 +52,9 @@ class Qwen(Field):
         z = self.vae.encode(x[:, :, None].to(self.device, self.vae.dtype)).latent_dist.mode()
         return (z[:, :, 0].float() - mean) / std
 
-    def decode(self, z):
+    def unscaled(self, z):
         mean, std = self.norm()
-        z = (z * std + mean)[:, :, None].to(self.vae.dtype)
-        few = z.split(max(1, 2 ** 18 // (z.shape[3] * z.shape[4] * self.factor ** 2)))
-        x = torch.cat([self.vae.decode(x).sample[:, :, 0].float() for x in few])
-        return (x / 2 + 0.5).clamp(0, 1)
+        return (z * std + mean)[:, :, None]
 
     def forward(self, z, sigma, cond):
         x, text = pixel_unshuffle(z, 2), [c['text'].to(self.device, self.dtype) for c in cond]

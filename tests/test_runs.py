@@ -226,7 +226,8 @@ def test_a_score_may_be_a_rewards_name(world, tmp_path):
     out = world.distil(tmp_path / 'run', max_steps=1, score='jpeg', score_samples=2)
     found = json.loads((out / 'result.json').read_text())['words']
     assert all(-9 < found[k] < 0 for k in ('base', 'teacher', 'start', 'student'))
-    out = world.teach(tmp_path / 'teacher', method='grpo', max_steps=1, score='incompressible')
+    out = world.teach(tmp_path / 'teacher', method='grpo', group_size=4, max_steps=1,
+                      score='incompressible')
     assert all(0 < x < 9 for x in log(out, 'eval/score/words'))
     with pytest.raises(BadInput, match="score: no reward is called 'jpg', did you mean jpeg"):
         world.distil(tmp_path / 'not', score='jpg')
