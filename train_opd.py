@@ -262,7 +262,7 @@ class Field:
         return z / k.scaling_factor + (k.shift_factor or 0)
 
     def decode(self, z):
-        """Latents -> pixels in [0, 1], a quarter megapixel at a time; a video's one frame is one."""
+        """Latents -> pixels in [0, 1], a quarter megapixel at a time; of a video its one frame."""
         z = self.unscaled(z).to(self.vae.dtype)
         few = z.split(max(1, 2 ** 18 // (z.shape[-1] * z.shape[-2] * self.factor ** 2)))
         x = torch.cat([self.vae.decode(x).sample.float().flatten(1, -3) for x in few])

@@ -245,14 +245,15 @@ def open_buckets(paths, held_paths, labels=(), need_target=False):
                       for k in labels if not len(buckets.get(k, ()))]
     for k in labels if not errors else ():
         errors += check_rows(buckets[k], need_target) + (check_rows(held[k]) if k in held else [])
-    unasked, lacking = sorted({*held} - {*labels}), [k for k in labels if k not in held]
-    if unasked and lacking and not errors:
-        errors = [f'eval_data has no rows of bucket {lacking[0]!r}, but of {unasked[0]!r}, which '
-                  "no route has: a row's bucket is its task, else its file's name without _val"]
+    unused = sorted({*buckets, *held} - {*labels})
+    for k in labels if not errors else ():
+        if k not in held and (near := difflib.get_close_matches(k, {*held} - {*labels}, 1)):
+            errors += [f'eval_data has no rows of bucket {k!r}, but of {near[0]!r}, which no route '
+                       "has: a row's bucket is its task, else its file's name without _val"]
     need(not errors, 'the data has mistakes:\n  ' + '\n  '.join(errors[:20]) +
          (f'\n  and {len(errors) - 20} more' if len(errors) > 20 else ''))
     return Data({k: buckets[k] for k in labels}, {k: held.get(k) or buckets[k] for k in labels},
-                sorted({*buckets} - {*labels}))
+                unused)
 
 
 # --------------------------------------------------------------------------------------------------

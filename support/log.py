@@ -104,7 +104,7 @@ class Log:
 
 def peak_memory():
     """Bytes: the GPU's, or the process's, which Linux counts in thousands."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == 'darwin' else 1024)

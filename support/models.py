@@ -193,7 +193,7 @@ class Prompts:
         is needed any more."""
         rows = list(rows) or [b[0] for b in buckets.values()]
         self.add(k for r in rows for k in self.keys(r))
-        self.held = {*self.known}
+        self.held = {*self.known} if self.bytes < self.most / 2 else set()
         most, keys = self.most / (self.bytes / len(self.known)), dict.fromkeys(self.known)
         for row in itertools.chain(*buckets.values()):
             keys |= dict.fromkeys(self.keys(row))

@@ -39,7 +39,7 @@ def launch(device='', tf32=True):
     """This process among all: rank, size, device. Works with and without torchrun."""
     rank, size, local = (int(os.environ.get(k, d))
                          for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    device = device_of(device, local, size > 1)
+    device = device_of(device, local, int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1)
     gpu = device.type == 'cuda'
     if gpu:
         torch.cuda.set_device(device)

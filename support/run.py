@@ -67,6 +67,7 @@ class Folder:
         if render and c.score and c.score_samples:
             rows = held[c.routes[0]['data']][:1]
             self.judged(render('student', c.routes[0], rows), rows, 1, self.judge())
+            rewards.clip_model.cache_clear()                   # until the end it is not needed
         if self.world.rank == 0:
             self.log.told = trackers(self)
         if self.resumed:
@@ -127,7 +128,16 @@ class Folder:
                               f'with: python sample.py --ckpt {self.out} --score={c.score}')
 
     def judge(self):
-        return rewards.load(self.c.score, self.world.device)
+        """What scores; if it cannot be had in one process, that is said in all."""
+        judge, why = None, ''
+        try:
+            judge = rewards.load(self.c.score, self.world.device)
+        except Exception as e:                                 # a server that is gone, no room
+            why = one_line(e) or type(e).__name__
+        failed = [x for x in gather(self.world, [why]) if x]
+        if failed:
+            raise RewardError(f'score {self.c.score}: {failed[0]}')
+        return judge
 
     def judged(self, pictures, rows, few, judge):
         return judged(judge, pictures, rows, few, self.world, f'score {self.c.score}')
