@@ -158,21 +158,21 @@ def test_cost_at_which_teachers_are_held():
 def test_order_and_rates(study):
     study.only, found = 'loss', {}
     names = [f'{r.name}/{r.seed}' for r in papers.wanted(study, found)]
-    assert names[2:6] == ['k2/0', 'k4/0', 'plain@0.003/0', 'plain@0.008/0']
+    assert names[2:6] == ['k2/0', 'k4/0', 'plain@0.001/0', 'plain@0.003/0']
     assert 'plain@?/2' in names
     assert len(names) == len(set(names))
-    for rate, end in ((0.003, 0.5), (0.008, 0.7), (0.016, 0.6)):
+    for rate, end in ((0.001, 0.4), (0.003, 0.5), (0.008, 0.7), (0.016, 0.6)):
         found[f'plain@{rate:g}', 0] = made_up(end, lr=rate)
     assert report.best_rate('plain', found) == 'plain@0.008'
     left = papers.wanted(study, found)
     assert len(left) == len(names) and runs.Run('plain@0.008', 2) in left
-    one = runs.Run('plain@0.008', 0)                              # of a trial the end is enough
+    one = runs.Run('plain@0.008', 0)                           # of a trial the end is enough
     assert papers.done(one, study, found)
     found['plain@0.008', 0]['points'][:4] = []
     found['plain@0.003', 0]['points'][:4] = []
     assert one in papers.missing(study, found) and not papers.done(one, study, found)
     assert papers.done(runs.Run('plain@0.003', 0), study, found)
-    found['plain@0.008', 0]['steps'] = 1                          # of a run of one step that is all
+    found['plain@0.008', 0]['steps'] = 1                       # of a run of one step that is all
     assert papers.done(one, study, found)
     assert papers.minutes_of(one, study, {}) < papers.minutes_of(one, study, found)
     found['plain@0.008', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
@@ -183,7 +183,7 @@ def test_order_and_rates(study):
     assert not papers.ready(runs.Run('from-student', 0), study)
     study.only = 'start,plain'
     assert {r.name for r in papers.wanted(study, {}) if r not in order} == {
-        'plain@0.003', 'plain@0.008', 'plain@0.016', 'plain@?'}
+        'plain@0.001', 'plain@0.003', 'plain@0.008', 'plain@0.016', 'plain@?'}
     study.only = 'strat'
     with pytest.raises(BadInput, match='strat'):
         papers.wanted(study, {})
@@ -201,11 +201,11 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     found = {('ours', s): made_up(0.8 + s / 100, s) for s in range(3)}
     found |= {('skip-last', s): made_up(0.8 + s / 100, s) for s in range(3)}
     found |= {(f'plain@{x:g}', 0): made_up(0.5, lr=x) for x in questions.LOSSES}
-    found |= {('plain@0.003', s): made_up(0.5 + s / 100, s, lr=0.003) for s in (1, 2)}
+    found |= {('plain@0.001', s): made_up(0.5 + s / 100, s, lr=0.001) for s in (1, 2)}
     found['k2', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
     said = papers.report_of(study, found)
     assert 'one state of a rollout above all nine: **yes** (+30.0, +30.0, +30.0)' in said
     assert '81.0 (80.0, 81.0, 82.0)' in said and '| k2 |  | failed' in said
-    assert '- plain: 0.003: 50.0, 0.008: 50.0, 0.016: 50.0 (the best is at the edge' in said
+    assert '- plain: 0.001: 50.0, 0.003: 50.0, 0.008: 50.0, 0.016: 50.0 (the best is at' in said
     assert '(papers/loss.png)' in said and '(papers/mar.png)' not in said     # of one arm alone
     assert '(papers/reinforce.png)' not in said

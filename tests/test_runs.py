@@ -233,6 +233,22 @@ def test_a_score_may_be_a_rewards_name(world, tmp_path):
         world.distil(tmp_path / 'not', score='jpg')
 
 
+def test_a_score_that_is_gone_at_the_end_loses_nothing_else(world, tmp_path, monkeypatch):
+    """A server that was there at the beginning."""
+    asked, load = [], R.rewards.load
+
+    def gone(*a):
+        asked.append(a)
+        if len(asked) > 1:
+            raise BadInput('no server answers there')
+        return load(*a)
+    monkeypatch.setattr(R.rewards, 'load', gone)
+    with pytest.raises(RewardError, match='score jpeg: no server answers.*result.json; score later'):
+        world.distil(tmp_path / 'run', max_steps=1, score='jpeg', score_samples=2)
+    found = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert found['words']['gap_after'] > 0 and len(asked) == 2
+
+
 def test_no_score_without_samples(world, tmp_path):
     out = world.distil(tmp_path / 'run', max_steps=1, score=f'{SHAPES}/world.py:score',
                        score_samples=0)

@@ -113,3 +113,13 @@ def test_data_that_no_route_has_is_told(capsys):
                      capsys.readouterr().out)
     T.main(['--dry_run'])
     assert 'not used' not in capsys.readouterr().out
+
+
+def test_own_data_goes_without_own_held_out_rows(tmp_path, capsys):
+    """The demonstration's held-out files are not meant for it, and that is no mistake."""
+    (tmp_path / 'mine.csv').write_text('prompt\na red circle on white\n')
+    T.main(['--dry_run', f"--data=['{tmp_path}/mine.csv']",
+            "--routes=[dict(teacher='count',data='mine',samples=34)]"])
+    said = capsys.readouterr().out
+    assert re.search('route mine .*evaluated on the same', said)
+    assert re.search('not used +buckets that no route has: count, global_edit', said)
