@@ -31,7 +31,8 @@ def dance(loss=None, wrap=None, anchored=True, forget=None):
     (dance(forget='student_guidance'), ['--student_guidance=2.0'], 'student_guidance is set, but'),
     (T.Method(T.danceopd, (*READS, 'hubre')), [], 'declares settings that there are not: .*hubre'),
     (T.Method(T.danceopd, 'query'), [], "declares settings that there are not: .*'u'"),
-], ids='scalar, unreduced, flat, tuples, no anchor, unread, unguided, bare, misspelled, no comma'.split(', '))
+], ids=('scalar, unreduced, flat, tuples, no anchor, unread, unguided, bare, misspelled, '
+        'no comma').split(', '))
 def test_half_a_method_is_refused(entry, more, message, monkeypatch, capsys):
     T.main(FEW)                                                # as it is, it is fine
     monkeypatch.setitem(T.METHODS, 'own', entry)

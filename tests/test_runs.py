@@ -243,7 +243,7 @@ def test_a_score_that_is_gone_at_the_end_loses_nothing_else(world, tmp_path, mon
             raise BadInput('no server answers there')
         return load(*a)
     monkeypatch.setattr(R.rewards, 'load', gone)
-    with pytest.raises(RewardError, match='score jpeg: no server answers.*result.json; score later'):
+    with pytest.raises(RewardError, match='score jpeg: no server answers.*json; score later'):
         world.distil(tmp_path / 'run', max_steps=1, score='jpeg', score_samples=2)
     found = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert found['words']['gap_after'] > 0 and len(asked) == 2
