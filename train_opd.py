@@ -799,9 +799,11 @@ CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, reward=RE
                mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'), **checks.CHOICES)
 
 
-def train(samples_of, updates, models, evaluate, c, folder):
+def train(samples_of, updates, models, look, c, folder):
     """The loop, of train_teacher.py as well. -> whether it came to its end."""
     student, world, log = models.student, folder.world, folder.log
+    if not folder.evaluated():
+        look(folder.first)
     for step in (bar := folder.bar()):
         # plan: who answers for which rows
         samples, models.spent, world.stop.busy = samples_of(step), 0, True     # now a stop waits
@@ -829,7 +831,7 @@ def train(samples_of, updates, models, evaluate, c, folder):
             log.say(f'asked to stop: saved step {done}; continue with --init_from=resume')
             return False
         if done % c.eval_every == 0 or final:
-            evaluate(done)
+            look(done)
     return True
 
 
@@ -849,8 +851,6 @@ def main(argv):
     draw = partial(render, models=models, c=c, world=world)
     look = partial(evaluate, held=held, draw=draw, models=models, c=c, folder=folder)
     folder.begin(models, data, held, draw)
-    if not folder.evaluated():
-        look(folder.first)
     if train(samples_of, METHODS[c.method].updates, models, look, c, folder):
         folder.conclude(held, models, draw)
 

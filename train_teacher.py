@@ -376,8 +376,8 @@ def evaluate(step, held, models, c, folder):
         for name, f in {**judges.rewards, **judges.watched}.items():
             checked = partial(rewards.checked, name, f, folder=folder.out)
             found[f'{name}/{label}'] = judged(checked, now, rows, c.micro_batch, world)
-        for f in judges.scored:
-            found[f'score/{label}'] = judged(f, now, rows, c.micro_batch, world, f'score {c.score}')
+        if judges.score:
+            found[f'score/{label}'] = judges.score(now, rows, c.micro_batch)
         lines += zip((f'{label}: {row["prompt"]}' for row in few), *folder.stills[label], now)
     folder.draw(step, lines, ['source', 'target', 'base', 'now'])
     folder.log.say(f'step {step:6d}  ' + '  '.join(f'{k} {x:.4g}' for k, x in found.items()))
@@ -418,8 +418,6 @@ def main(argv):
     models.judges = Judges(c, folder)
     look = partial(evaluate, held=held, models=models, c=c, folder=folder)
     folder.begin(models, data, held)
-    if not folder.evaluated():
-        look(folder.first)
     if train(samples_of, METHODS[c.method].updates, models, look, c, folder):
         log = folder.log                                       # without targets or a score, empty
         folder.end({k[5:]: log.ends(k) for k in log.history[-1] if k.startswith('eval/')},

@@ -10,6 +10,8 @@ from functools import partial
 import torch
 
 from support import rewards
+from support.files import RewardError, judged, one_line
+from support.processes import gather
 
 
 def group_advantage(rewards, group, std=None):
@@ -28,16 +30,29 @@ def buffered(x, past, batch):
     return ((x - known.mean()) / (known.std() + 1e-6)).item()
 
 
+def scorer(score, world):
+    """What a run's score says of pictures: a function (images, rows, few at once) -> its mean. If
+    it cannot be had in one process, that is said in all."""
+    judge, why, name = None, '', f'score {score}'
+    try:
+        judge = rewards.load(score, world.device)
+    except Exception as e:                                     # a server that is gone, no room
+        why = one_line(e) or type(e).__name__
+    failed = [x for x in gather(world, [why]) if x]
+    if failed:
+        raise RewardError(f'{name}: {failed[0]}')
+    return partial(judged, judge, world=world, name=name)
+
+
 class Judges:
     """The rewards of a run. They are asked for in a thread, while the next pictures are made; after
     a failure nobody is asked any more. And the returns that SDPO remembers."""
 
     def __init__(self, c, folder):
         device, self.folder, self.failed = folder.world.device, folder, None
-        given = c.reward
-        self.weights = {x['reward']: x.get('weight', 1.0) for x in given}
+        self.weights = {x['reward']: x.get('weight', 1.0) for x in c.reward}
         self.rewards = {name: rewards.load(name, device) for name in self.weights}
-        self.scored = [rewards.load(c.score, device)] if c.score else []
+        self.score = scorer(c.score, folder.world) if c.score else None
         self.watched = {'watched': rewards.load(c.watch_reward, device)} if c.watch_reward else {}
         set_gpu = partial(torch.cuda.set_device, device) if device.type == 'cuda' else None
         self.pool, self.buffer = ThreadPoolExecutor(1, initializer=set_gpu), c.buffer

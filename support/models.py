@@ -386,31 +386,6 @@ class Network:
         for n, p in self.field.net.named_parameters():         # attaching makes adapters trainable
             p.requires_grad_('.student.' in n)
 
-    def derived(self):
-        """Lines of the table before the first step: what is known only with the weights loaded."""
-        student, rank, lost = self.student, self.student.rank, self.student.lost
-        numbers = sum(p.numel() for p in student.params.values())
-        yield 'student', f'rank {rank} on {len(student.names)} layers: {numbers:,} numbers'
-        yield 'a checkpoint', (f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume '
-                               'needs')
-        base = sum(p.nbytes for n, p in self.field.net.named_parameters() if '.lora_' not in n)
-        yield 'base', f'{base / 1e9:.4f} GB'
-        if self.small and not getattr(self.field.net, 'is_gradient_checkpointing', False):
-            yield 'WARNING', ('without grad_checkpointing a forward with gradient keeps its layers '
-                              'in 16 bits as well')
-        for name, gb in self.gigabytes.items():
-            yield f'teacher {name}', f'{gb:.4f} GB'
-        for name in sorted(self.adapters - {'student'}):
-            own = ['student' in m.lora_A for m in self.layers if name in m.lora_A]
-            if not all(own):
-                yield f'teacher {name}', (f'{own.count(False)} of its {len(own)} layers are not '
-                                          "the student's: set lora_targets for those as well")
-        if lost:
-            yield 'start', f'cut to rank {rank}, it differs from the exact one by {lost:.1%}'
-        if lost > 0.05:
-            yield 'WARNING', (f'that is more than 5 %: rank {student.whole_rank} would hold the '
-                              'start whole')
-
 
 def open_full(path, field, small=False):
     """A teacher's network of full weights, on the CPU: the field's kind, and not the base."""

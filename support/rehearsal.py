@@ -1,6 +1,7 @@
 """
-The table before step 0: what follows from the settings, with what a step costs. For that the method
-is rehearsed, on a family that answers zeros: so half a method is found before weights are loaded.
+The table before step 0: what follows from the settings, with what a step costs, and, once they are
+there, from the weights. For the cost the method is rehearsed, on a family that answers zeros: so
+half a method is found before weights are loaded.
 """
 from types import SimpleNamespace
 
@@ -106,3 +107,29 @@ def print_plan(c, data, world, plan, methods, Models):
         rows.append(('not used', f'buckets that no route has: {", ".join(data.unused)}'))
     for name, text in rows:
         print(f'{name:22s} {text}')
+
+
+def derived(models):
+    """Lines of the table before the first step: what is known only with the weights loaded."""
+    student, rank, lost = models.student, models.student.rank, models.student.lost
+    numbers = sum(p.numel() for p in student.params.values())
+    yield 'student', f'rank {rank} on {len(student.names)} layers: {numbers:,} numbers'
+    yield 'a checkpoint', (f'{5 * 4 * numbers / 1e9:.3f} GB: adapter files, and what a resume '
+                           'needs')
+    base = sum(p.nbytes for n, p in models.field.net.named_parameters() if '.lora_' not in n)
+    yield 'base', f'{base / 1e9:.4f} GB'
+    if models.small and not getattr(models.field.net, 'is_gradient_checkpointing', False):
+        yield 'WARNING', ('without grad_checkpointing a forward with gradient keeps its layers '
+                          'in 16 bits as well')
+    for name, gb in models.gigabytes.items():
+        yield f'teacher {name}', f'{gb:.4f} GB'
+    for name in sorted(models.adapters - {'student'}):
+        own = ['student' in m.lora_A for m in models.layers if name in m.lora_A]
+        if not all(own):
+            yield f'teacher {name}', (f'{own.count(False)} of its {len(own)} layers are not '
+                                      "the student's: set lora_targets for those as well")
+    if lost:
+        yield 'start', f'cut to rank {rank}, it differs from the exact one by {lost:.1%}'
+    if lost > 0.05:
+        yield 'WARNING', (f'that is more than 5 %: rank {student.whole_rank} would hold the '
+                          'start whole')

@@ -13,10 +13,12 @@ from configurator import BadInput, need
 from support import rewards
 from support.checks import STARTS
 from support.disk import place, write_text, writing
-from support.files import RewardError, draw_pairs, grid, judged, one_line
+from support.files import RewardError, draw_pairs, grid, one_line
+from support.judges import scorer
 from support.log import Log, read_log
 from support.plot import curve
 from support.processes import gather
+from support.rehearsal import derived
 
 
 class Folder:
@@ -62,11 +64,11 @@ class Folder:
         """Before the first step: what it starts from, and edit pairs to be looked at, as files; and
         the score is asked once, so that it does not fail at the end."""
         self.student, self.prefix, c = models.student, models.field.prefix, self.c
-        for name, text in models.derived():
+        for name, text in derived(models):
             self.log.say(f'{name:22s} {text}')
         if render and c.score and c.score_samples:
             rows = held[c.routes[0]['data']][:1]
-            self.judged(render('student', c.routes[0], rows), rows, 1, self.judge())
+            scorer(c.score, self.world)(render('student', c.routes[0], rows), rows, 1)
             rewards.clip_model.cache_clear()                   # until the end it is not needed
         if self.world.rank == 0:
             self.log.told = trackers(self)
@@ -117,9 +119,9 @@ class Folder:
             gaps = self.log.ends(f'gap/{route["data"]}')
             result[route['data']] = {f'gap_{k}': x for k, x in gaps.items()}
         try:
-            judge = self.judge() if c.score and c.score_samples else None
-            for route in c.routes if judge else ():
-                result[route['data']] |= self.scores(route, held, models.student, render, judge)
+            score = scorer(c.score, self.world) if c.score and c.score_samples else None
+            for route in c.routes if score else ():
+                result[route['data']] |= self.scores(route, held, models.student, render, score)
         except RewardError as e:                               # in all processes alike
             failed = str(e)
         self.end(result)
@@ -127,29 +129,14 @@ class Folder:
             raise RewardError(f'{failed}. The gaps are in {self.out}/result.json; score later '
                               f'with: python sample.py --ckpt {self.out} --score={c.score}')
 
-    def judge(self):
-        """What scores; if it cannot be had in one process, that is said in all."""
-        judge, why = None, ''
-        try:
-            judge = rewards.load(self.c.score, self.world.device)
-        except Exception as e:                                 # a server that is gone, no room
-            why = one_line(e) or type(e).__name__
-        failed = [x for x in gather(self.world, [why]) if x]
-        if failed:
-            raise RewardError(f'score {self.c.score}: {failed[0]}')
-        return judge
-
-    def judged(self, pictures, rows, few, judge):
-        return judged(judge, pictures, rows, few, self.world, f'score {self.c.score}')
-
-    def scores(self, route, held, student, render, judge):
+    def scores(self, route, held, student, render, score):
         rows, found = held[route['data']][:self.c.score_samples], {}
         everyone = dict(base=('base', None), teacher=(route['teacher'], None),
                         start=('student', student.start), student=('student', student.ema))
         for name, (who, weights) in everyone.items():
             with student.wearing(weights):
                 pictures = render(who, route, rows, own=name == 'teacher')
-            found[name] = self.judged(pictures, rows, self.c.micro_batch, judge)
+            found[name] = score(pictures, rows, self.c.micro_batch)
         return found
 
     def end(self, result, name='route'):

@@ -221,6 +221,13 @@ def test_a_resume_continues_its_own_line_in_wandb_and_a_new_run_has_another(tmp_
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_layers_of_a_teacher_that_the_student_lacks_are_told(world, tmp_path, capsys):
+    world.distil(tmp_path / 'all', max_steps=1, init_from='base', lora_targets=LAYERS)
+    assert "the student's" not in capsys.readouterr().out
+    world.distil(tmp_path / 'one', max_steps=1, init_from='base', lora_targets=LAYERS[-1:])
+    assert "3 of its 4 layers are not the student's" in capsys.readouterr().out
+
+
 def test_a_score_may_be_a_rewards_name(world, tmp_path):
     """In the table of a run, in a teacher's evaluations and of what is drawn later."""
     out = world.distil(tmp_path / 'run', max_steps=1, score='jpeg', score_samples=2)
