@@ -158,7 +158,7 @@ def test_cost_at_which_teachers_are_held():
 def test_order_and_rates(study):
     study.only, found = 'loss', {}
     names = [f'{r.name}/{r.seed}' for r in papers.wanted(study, found)]
-    assert names[2:6] == ['k2/0', 'k4/0', 'plain@0.001/0', 'plain@0.003/0']
+    assert names[3:7] == ['k2/0', 'k4/0', 'plain@0.001/0', 'plain@0.003/0']
     assert 'plain@?/2' in names
     assert len(names) == len(set(names))
     for rate, end in ((0.001, 0.4), (0.003, 0.5), (0.008, 0.7), (0.016, 0.6)):

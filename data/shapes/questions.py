@@ -93,6 +93,8 @@ IMITATE = dict(script='train_teacher', method='sft', data=OWN[:2] + OWN[2:] * 4,
                micro_batch=30, lr=8e-3, needs=('make-own/0', 'ours/{seed}'))
 HALF = dict(model='{out}/make-half/0/base', resolution=24, needs=('make-half/0',), scored=WORDS)
 LOOK = dict(script='look', rank=64)
+START = dict(script='look', init_from='merge', routes=routes(), routes_per_step='sample',
+             scored=(*TAUGHT, 'open'))
 GRPO = 'config/teacher_shapes_grpo.py'
 CLEAR, BLUE = (dict(reward=f'data/shapes/world.py:{k}') for k in ('clear', 'blue'))
 WORD_DATA = ['data/shapes/t2i.csv', 'data/shapes/open.csv']
@@ -100,30 +102,32 @@ PAIR = [dict(teacher='clear_shapes', data='t2i', samples=17),
         dict(teacher='blue', data='open', samples=17)]
 RL = dict(script='train_teacher', config=GRPO, lora_targets=LAYERS, lr_schedule='cosine',
           eval_data=[], **HALF)
-BOTH = dict(RL, data=WORD_DATA, reward=[CLEAR, BLUE], rank=32, alpha=32.0)
+BOTH = dict(RL, data=WORD_DATA, reward=[CLEAR, BLUE], rank=32, alpha=64.0)
 
 # what has to be there before some runs
 MAKES = {
     'make-own': None,                                          # pictures; papers.py draws them
     'make-half': None,                                         # a base stopped early
     'make-clear': arm(**RL, data=WORD_DATA[:1], reward=[CLEAR], max_steps=150, cost=3.5),
-    'make-blue': arm(**RL, data=WORD_DATA[1:], reward=[BLUE], max_steps=150, cost=3.5)}
+    'make-blue': arm(**RL, data=WORD_DATA[1:], reward=[CLEAR, BLUE], max_steps=150,
+                     cost=3.5)}
 
 ARMS = {
     'ours': arm(scored=(*TAUGHT, 'open')),
     # losses
-    'k2': arm(queries=2, **SKIP, **FEW), 'k4': arm(queries=4, **SKIP, **split(1, 1, 3, 3)),
+    'k2': arm(queries=2, **SKIP, **FEW), 'k4': arm(queries=4, **SKIP, **FEW),
     'plain': arm(rates=LOSSES, queries=9, **TEN, **FEW),
     'ode': arm(rates=LOSSES, **ODE), 'sde': arm(rates=LOSSES, **SDE),
     'sde-code': arm(kl_var='code', lr=3e-3, **SDE),
-    'flow-k1': arm(rates=LOSSES, **policy('k1', **FEW)),
-    'flow-group': arm(lr=1e-3, **policy('k1_group', **GROUPS)),
+    'flow-k1': arm(rates=(3e-4, *LOSSES), **policy('k1', **FEW)),
+    'flow-group': arm(rates=(3e-4, 1e-3, 3e-3), **policy('k1_group', **GROUPS)),
     'flow-paper': arm(lr=1e-3, **policy('paper', **GROUPS)),
-    'flow-code': arm(lr=1e-3, **policy('code', **FEW)),
+    'flow-code': arm(rates=LOW, **policy('code', **FEW)),
     'base-ours': arm(rates=TUNED, **FROM_BASE),
-    'base-ode': arm(lr=3e-3, **FROM_BASE, **ODE), 'base-sde': arm(lr=3e-3, **FROM_BASE, **SDE),
-    'base-flow-k1': arm(lr=1e-3, **FROM_BASE, **policy('k1', **FEW)),
-    'base-flow-code': arm(lr=1e-3, **FROM_BASE, **policy('code', **FEW)),
+    'base-ode': arm(rates=TUNED, **FROM_BASE, **ODE),
+    'base-sde': arm(rates=TUNED, **FROM_BASE, **SDE),
+    'base-flow-k1': arm(rates=LOW, **FROM_BASE, **policy('k1', **FEW)),
+    'base-flow-code': arm(rates=TUNED, **FROM_BASE, **policy('code', **FEW)),
     # starts
     'from-count': arm(init_from=TEACHER + 'count'),
     'from-local': arm(init_from=TEACHER + 'local_edit'),
@@ -154,7 +158,7 @@ ARMS = {
     'states2': arm(steps=3, drop_last=1),
     # routing
     'one-route': arm(routes_per_step=1, routes=routes(), rates=LOW),
-    'sampled': arm(routes_per_step='sample', routes=routes()),
+    'sampled': arm(routes_per_step='sample', routes=routes(), rates=LOW),
     'even': arm(**SAME_START, **split(9, 9, 8, 8, weights=EVEN)),
     'edits-hard': arm(**ON_EDITS), 'edits-soft': arm(mixing='soft', **ON_EDITS),
     # how many teachers
@@ -169,8 +173,8 @@ ARMS = {
     'mar-04': arm(anchor='base', anchor_beta=0.04, scored=(*TAUGHT, 'open')),
     'mar-20': arm(anchor='base', anchor_beta=0.2, scored=(*TAUGHT, 'open')),
     # size
-    'rank2': arm(rank=2, alpha=2.0), 'rank8': arm(rank=8, alpha=8.0),
-    'rank128': arm(rank=128, alpha=128.0), 'no-ema': arm(ema_decay=0.0),
+    'rank2': arm(rank=2, alpha=2.0), 'rank8': arm(rank=8, alpha=8.0, rates=TUNED),
+    'rank128': arm(rank=128, alpha=128.0, rates=TUNED), 'no-ema': arm(ema_decay=0.0),
     'batch8': arm(rates=(2e-3, 4e-3, 8e-3), **split(1, 1, 3, 3)),
     'batch17': arm(**split(1, 1, 7, 8)), 'batch68': arm(**split(4, 4, 30, 30)),
     'batch136': arm(rates=TUNED, **split(8, 8, 60, 60)),
@@ -186,8 +190,11 @@ ARMS = {
                                dict(name='blue', lora='{out}/make-blue/0')],
                      data=WORD_DATA, routes=PAIR, rates=LOW, **FROM_BASE, **dict(
                          HALF, needs=('make-half/0', 'make-clear/0', 'make-blue/0'))),
-    'rl': arm(max_steps=45, rates=LOW, **BOTH), 'rl-whole': arm(max_steps=345, cost=8, **BOTH),
-    # not trained: teachers, means of them, and the half-made base
+    'rl': arm(max_steps=43, rates=LOW, **BOTH), 'rl-whole': arm(max_steps=343, cost=8, **BOTH),
+    # not trained: the start of ours, also cut to less rank; teachers, means of them, and the
+    # half-made base with its teachers
+    'start': arm(**START), 'start-rank2': arm(**dict(START, rank=2)),
+    'start-rank8': arm(**dict(START, rank=8)),
     'base': arm(init_from='base', **dict(LOOK, scored=(*TAUGHT, 'open'))),
     'teacher-count': arm(init_from=TEACHER + 'count', **LOOK),
     'teacher-local': arm(init_from=TEACHER + 'local_edit', **LOOK),
@@ -195,7 +202,12 @@ ARMS = {
     'merge-ours': merged(0.5, 2.0, 2.0), 'merge-even': merged(1.0, 1.0, 1.0),
     'merge-count': merged(2.0, 1.0, 1.0), 'merge-local': merged(1.0, 2.0, 1.0),
     'merge-global': merged(1.0, 1.0, 2.0),
-    'half-w1': arm(init_from='base', script='look', **HALF),
+    'half': arm(init_from='base', script='look', **HALF),
+    'clear-alone': arm(init_from='{out}/make-clear/0', script='look', **dict(
+        HALF, needs=('make-half/0', 'make-clear/0'))),
+    'blue-alone': arm(init_from='{out}/make-blue/0', script='look', **dict(
+        HALF, needs=('make-half/0', 'make-blue/0'))),
+    'half-w1': arm(init_from='base', script='look', **dict(HALF, scored=PLAIN_WORDS)),
     'half-w3': arm(init_from='base', script='look', rollout_guidance=3.0,
                    **dict(HALF, scored=PLAIN_WORDS))}
 CEILINGS = dict(t2i='base', count='teacher-count', local_edit='teacher-local',
@@ -220,10 +232,15 @@ QUESTIONS = {
         'Which loss?', 'DiffusionOPD: its ODE loss converges about five times faster than that of '
         'the SDE at 0.7, and a policy gradient comes last. DanceOPD: K = 1, 2, 4 states give '
         '5.751, 4.931, 5.330 on GEdit.',
-        'ours skip-last k2 k4 plain ode sde sde-code flow-k1 flow-group flow-paper flow-code '
-        'base-ours base-ode base-sde base-flow-k1 base-flow-code',
+        'start ours skip-last k2 k4 plain ode sde sde-code flow-k1 flow-group flow-paper '
+        'flow-code base base-ours base-ode base-sde base-flow-k1 base-flow-code',
         [('ODE above SDE', 'ode', 'sde'), ('the same from the base', 'base-ode', 'base-sde'),
          ('SDE above the policy gradient', 'sde', 'flow-k1'),
+         ('the same from the base', 'base-sde', 'base-flow-k1'),
+         ("an SDE's own variance above that of the code", 'sde', 'sde-code'),
+         ("Flow-OPD's reward as released above the policy gradient", 'flow-code', 'flow-k1'),
+         ('the policy gradient in groups above the start', 'flow-group', 'start'),
+         ('the reward as written above the start', 'flow-paper', 'start'),
          ('K = 1 above K = 2', 'skip-last', 'k2'), ('K = 1 above K = 4', 'skip-last', 'k4'),
          ('one state of a rollout above all nine', 'skip-last', 'plain'),
          ('the plain error above the ODE loss', 'plain', 'ode')],
@@ -231,9 +248,9 @@ QUESTIONS = {
         'ten steps, of which the last is not learned from, as DiffusionOPD and Flow-OPD released '
         'them, and 17 samples of nine states each (flow-group and flow-paper: 32, in groups of '
         'four); plain is the error of danceopd there, with fewer updates than ode, which learns '
-        'from the very states of its rollout. Rates were tried for these; sde-code, flow-group, '
-        'flow-paper, flow-code and base-... have theirs. skip-last, k2 and k4 have 34, 34 and 32 '
-        'states an update, of 34, 17 and 8 rollouts of five steps without the last.'),
+        'from the very states of its rollout. sde-code has the rate of sde, flow-paper that of '
+        'flow-k1; start and base are untrained. skip-last, k2 and k4 have 34, 34 and 68 states an '
+        'update, of 34, 17 and 17 rollouts of five steps without the last.'),
     'start': question(
         'Which start?', 'DanceOPD: local edit 5.75, merged 4.19, global 2.70, t2i 1.89: more than '
         'any other choice. Flow-OPD: merged .92 on GenEval, imitated .91.',
@@ -281,21 +298,27 @@ QUESTIONS = {
         '4.649, 4.813; 16 steps. DiffusionOPD: 10 steps.',
         'ours skip-last states2 states8 states16 low mid high uniform',
         [('low noise above high', 'low', 'high'),
+         ('low noise above mid', 'low', 'mid'),
          ('low noise above stratified', 'low', 'states16'),
+         ('stratified above uniform', 'states16', 'uniform'),
          ('16 states above 4', 'states16', 'skip-last'),
+         ('4 states above 8', 'skip-last', 'states8'),
          ('4 states above 2', 'skip-last', 'states2'),
          ('without the last step', 'skip-last', 'ours')],
         'All but ours leave out the last step, whose noise of .009 decides nothing: of a rollout '
         'of four it is half of what low noise asks for. low, mid, high and uniform have 16 '
         'states, as states16, which is stratified. Low noise needs longer rollouts, and has fewer '
-        'updates.'),
+        'updates. All have one rate, though they have 100 to 330 updates.'),
     'routing': question(
         'Who answers, and how often?', 'DanceOPD: hard routing 5.751, soft 4.994; one route a '
         'step. DiffusionOPD: all routes in each step.',
         'ours one-route sampled even edits-hard edits-soft',
         [('all routes above one a step', 'ours', 'one-route'),
+         ('each sample its own route above one a step', 'sampled', 'one-route'),
+         ('weights of ours above equal ones', 'ours', 'even'),
          ('hard above soft', 'edits-hard', 'edits-soft', EDITS)],
-        'Soft targets need rows that all teachers can answer: edits alone.'),
+        'one-route and sampled draw routes by their weights: a tenth of the samples are counts, of '
+        'ours a seventeenth. Soft targets need rows that all teachers can answer: edits alone.'),
     'teachers': question(
         'What does a teacher more cost the others?', 'All: one student holds several teachers, and '
         'no merging of weights does.',
@@ -316,14 +339,20 @@ QUESTIONS = {
     'mar': question(
         'What does holding near the base keep, and cost?', 'Flow-OPD: at 0.04 it keeps the quality '
         'of pictures that no teacher looks after.',
-        'ours mar-01 mar-04 mar-20',
+        'start ours mar-01 mar-04 mar-20',
         [('0.04 above 0 on what nobody teaches', 'mar-04', 'ours', ('open',)),
-         ('0 above 0.2 on the skills', 'ours', 'mar-20')]),
+         ('0 above 0.2 on the skills', 'ours', 'mar-20')],
+        'start is the untrained merge: what is above it in open was learned again, not kept. In '
+        'ours the base is the teacher of t2i.'),
     'size': question(
         'Which rank, which batch?', 'DanceOPD: rank 128; DiffusionOPD: rank 32, 72 samples.',
-        'ours rank2 rank8 rank128 batch8 batch17 batch68 batch136 no-ema',
+        'start start-rank2 start-rank8 ours rank2 rank8 rank128 batch8 batch17 batch68 batch136 '
+        'no-ema',
         [('rank 128 above 8', 'rank128', 'rank8'), ('34 samples above 136', 'ours', 'batch136'),
-         ('34 samples above 8', 'ours', 'batch8'), ('EMA above none', 'ours', 'no-ema')]),
+         ('34 samples above 8', 'ours', 'batch8'),
+         ('the same on edits', 'ours', 'batch8', EDITS), ('EMA above none', 'ours', 'no-ema')],
+        'A merge is cut to the rank: start-... are these starts, untrained. Of 8 samples one is a '
+        'count, of 34 two.'),
     'guidance': question(
         'Can guidance be absorbed?', 'DanceOPD: a student without guidance learns the guided '
         "teacher's pictures.",
@@ -339,9 +368,13 @@ QUESTIONS = {
     'reinforce': question(
         'Distil two reward teachers, or reinforce both rewards at once?', 'DiffusionOPD and '
         'Flow-OPD: distilling above GRPO on mixed rewards (.92 against .73 on GenEval).',
-        'half-w1 distilled rl rl-whole',
-        [('distilled above GRPO at equal forwards', 'distilled', 'rl', ('t2i', 'open', 'blue')),
+        'half clear-alone blue-alone distilled rl rl-whole',
+        [('distilled above the base', 'distilled', 'half', ('t2i', 'open', 'blue')),
+         ('GRPO on both above the base', 'rl-whole', 'half', ('t2i', 'open', 'blue')),
+         ('distilled above GRPO at equal forwards', 'distilled', 'rl', ('t2i', 'open', 'blue')),
          ("the same, the teachers' forwards counted", 'distilled', 'rl-whole',
           ('t2i', 'open', 'blue'))],
-        'On a base stopped after 300 steps: one teacher likes blue, one clear shapes. rl-whole has '
-        "one rate, its config's.")}
+        'On a base stopped after 300 steps: clear-alone is the teacher that likes clear shapes, of '
+        't2i; blue-alone the one that likes blue as well, of open. rl-whole has one rate, its '
+        "config's, and the cost of distilled and of both teachers. All seeds of distilled share "
+        'these two.')}
