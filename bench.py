@@ -16,7 +16,6 @@ from configurator import collect, need
 from support import checks
 from support.files import one_line
 from support.log import peak_memory
-from support.models import learning_rate
 from support.processes import launch
 
 sizes: int | list = [12, 24]        # pixels
@@ -57,7 +56,7 @@ def measure(c):
         for terms in T.METHODS[c.method].updates(T.plan(step, c, data.buckets, world), models, c):
             for term in terms:
                 timed(sum(s.share * x for s, x in zip(term.batch, term.loss)).backward)
-            models.student.update(learning_rate(step, c), c, world)
+            models.student.update(T.learning_rate(step, c), c, world)
     seconds, n = now() - start, c.timed_steps * c.batch_size
     return n / seconds, models.spent / n, sum(inside) / seconds, peak_memory() / 1e9
 

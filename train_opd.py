@@ -29,7 +29,7 @@ from configurator import collect, need
 from support import checks, rehearsal
 from support.files import load_image, load_images, shown
 from support.judges import group_advantage
-from support.models import Network, find_family, learning_rate, open_field
+from support.models import Network, find_family, open_field
 from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 
@@ -37,25 +37,26 @@ sys.modules.setdefault('train_opd', sys.modules[__name__])      # else families 
 
 # --------------------------------------------------------------------------------------------------
 # Settings: the demonstration's. Config files and --key=value override them. In brackets: papers'.
-# With another model, eval_data, score, init_from and lr that nobody set are checks.ELSEWHERE
+# With another model what nobody set is eval_data = [], score = '', init_from = 'merge', lr = 2e-4
 # model
 model = 'data/shapes/base'          # diffusers folder or hub id
 family = ''                         # '' as model_index.json says; one of FAMILIES, or file.py:Class
 dtype = 'auto'                      # of the base: auto = bfloat16 on a GPU, float32 on a CPU
 base_storage = ''                   # 'float8': the frozen base in 8 bits; it computes in dtype
-device = ''                         # '' takes a GPU if there is one
+device = ''                         # '': cuda if there is one, else cpu; or by name, as 'mps'
 resolution: int | list = 24         # pixels, or [height, width]; a route may have its own
 max_sequence_length = 256           # text tokens, at most what the tokenizer allows
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5)
 cache_gb = 4.0                      # of prompts' embeddings that are kept in memory
-# teachers: a lora, or a checkpoint of full weights, or neither: the base; guidance 1.0 is none
+# teachers: a lora, or a checkpoint of full weights, or neither: the base. guidance: 1.0 is none;
+# make: a command, told if the weights are not there; weight: for mixing = 'soft'
 teachers = [
     dict(name='base'),
     dict(name='count', lora='data/shapes/teachers/count'),
     dict(name='local_edit', lora='data/shapes/teachers/local_edit'),
     dict(name='global_edit', lora='data/shapes/teachers/global_edit')]
-# routes: which teacher answers for which bucket of data. weight: how often a route is drawn; where
-# all are in every step, its part of the loss, and samples its part of the batch
+# routes: which teacher answers for which bucket of data. weight: the odds that it is drawn; where
+# all are in every step, its share of the loss, and samples says how many of the batch are its
 routes = [
     dict(teacher='base', data='t2i', weight=0.5, samples=2),
     dict(teacher='count', data='count', weight=1.5, samples=8),
@@ -78,12 +79,12 @@ eta = 0.0                           # 0: ODE; else the noise of the SDE (Flow-OP
 sde = 'flow'                        # one of SDES below
 rollout_guidance = 1.0              # while rolling out; 1.0 is none, in every family
 student_guidance = 1.0              # and in the loss; each teacher has its own
-states = 'student'                  # danceopd, off-policy: 'data' (noised targets), 'teacher'
+states = 'student'                  # danceopd: whose rollout's; 'teacher', 'data' (noised targets)
 # method
 method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
 query = 'stratified'                # danceopd: one of QUERIES below (DanceOPD 'low_noise')
-kl_var = 'true'                     # 'code': an SDE's variance without the step's length
+kl_var = 'true'                     # 'code': an SDE's std^2 without the step's length, as released
 drop_last = 1                       # last steps that are not learned from (DiffusionOPD's code: 1)
 reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
@@ -169,8 +170,9 @@ def log_prob(x, mean, std):
 
 
 def kl_weight(sigma, sigma_next, eta=0.0, sde='flow', var='true'):
-    """w in KL(student || teacher) = w mean((v_s - v_t)^2): c^2 / (2 std^2) with c = d mean / d v;
-    for the ODE the limit d^2 / 2. 'code', as released, is that times the step's length."""
+    """w in KL(student || teacher) = w mean((v_s - v_t)^2): c^2 / (2 std^2) with c = d mean / d v
+    (a mean is linear: c is that of z = 0, v = 1); for the ODE the limit d^2 / 2. 'code', as
+    released, has std^2 without the step's length."""
     c, std = transition(0 * sigma, torch.ones_like(sigma), sigma, sigma_next, eta, sde)
     if eta == 0:
         return c ** 2 / 2
@@ -285,9 +287,9 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a
     diptych); a transformer with twice as many inputs as outputs gets it as channels instead."""
-    takes_sigmas, patch = False, 0          # diffusers shifts sigma_min twice: the last is .009
-    editors = 'StableDiffusion3Pipeline',
-    blocks = 'JointTransformerBlock',
+    takes_sigmas, patch = False, 0  # diffusers shifts sigma_min twice: of any n the last is .009
+    editors = ('StableDiffusion3Pipeline',)
+    blocks = ('JointTransformerBlock',)
     targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',
                                      'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')]
 
@@ -341,7 +343,8 @@ class Models(Network):
     spent = 0                           # forwards so far: with gradient three, with guidance double
 
     def switch(self, name):
-        """By hand, for PEFT's own calls rewrite requires_grad. Others than adapters: none is on."""
+        """By hand, for PEFT's own calls rewrite requires_grad. A name that is no adapter's, as
+        'base', switches all off."""
         for m in self.layers:
             m._disable_adapters = name not in self.adapters
             if name in self.adapters:
@@ -390,8 +393,8 @@ class Sample:
     """One picture of a step. A batch is a list of samples that share a forward."""
     row: dict                           # of the data: prompt, source_image, target_image
     size: tuple                         # (height, width) in pixels
-    noise: torch.Generator              # for its first state
-    draws: torch.Generator = None       # for an SDE's steps, or on data
+    noise: torch.Generator              # of its first state: drawn from once
+    draws: torch.Generator = None       # of an SDE's steps, or of noise on data
     step: int = 0
     number: int = 0                     # its place in the step's global batch
     group: int = 0                      # samples of one prompt
@@ -420,17 +423,17 @@ def routes_of(step, c):
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
     """This process's samples of a step. Groups are dealt to updates, then to processes."""
-    chosen, mixed, updates = routes_of(step, c), c.routes_per_step == 'all', updates or c.updates
+    chosen, all_routes = routes_of(step, c), c.routes_per_step == 'all'
     nth = [chosen[:g].count(route) for g, route in enumerate(chosen)]  # of its route, from 0
-    dealt = [(nth[g] if mixed else g) % updates for g in range(len(chosen))]
+    dealt = [(nth[g] if all_routes else g) % (updates or c.updates) for g in range(len(chosen))]
     samples, total = [], sum(r.get('weight', 1.0) for r in c.routes)
     for number in range(c.batch_size):
         group = number // c.group_size
         if dealt[:group].count(dealt[group]) % world.size != world.rank:
-            continue                                           # an update's groups go round them
+            continue                               # dealt to the processes in turn
         route, of = c.routes[chosen[group]], chosen.count(chosen[group]) * c.group_size
         bucket = buckets[route['data']]
-        share = route.get('weight', 1.0) / total / of if mixed else 1 / c.batch_size
+        share = route.get('weight', 1.0) / total / of if all_routes else 1 / c.batch_size
         samples.append(Sample(
             row=bucket[rng(c.seed, step, group, 'row').randrange(len(bucket))],
             size=route['size'],
@@ -442,12 +445,13 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
     return samples
 
 
-def draw_queries(key, s, c):
+def draw_queries(s, c):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
     n, rule, taken = c.steps - c.drop_last, QUERIES[c.query], []
-    r, inside = rng(*key, 'rule'), rng(*key).random()          # apart: a draw is not its place's
     if c.queries == n:                                         # the only choice
         return list(range(n))
+    key = c.seed, s.step, s.number, 'query'        # two streams: the rule's, the place in a stratum
+    r, inside = rng(*key, 'rule'), rng(*key).random()
     for k in range(c.queries):
         even = (k + (s.slot + inside) / s.of) / c.queries
         for _ in range(10 ** 6):                               # Beta's tails are thin
@@ -485,21 +489,22 @@ def micro_batches(samples, models, c, whole=1):
 # --------------------------------------------------------------------------------------------------
 # Rollouts: a model's own states, without gradient
 
+def gaussian(batch, shape, stream, device):
+    """Noise from each sample's own stream, 'noise' or 'draws'."""
+    return torch.stack([torch.randn(shape, generator=getattr(s, stream)) for s in batch]).to(device)
+
+
 @torch.no_grad()
 def advance(batch, z, v, sigma, sigma_next, eta=0.0, sde='flow'):
     """One step of a rollout: from states at sigma with the velocity v to states at sigma_next."""
     z, std = transition(z, v, sigma, sigma_next, eta, sde)
-    if eta == 0:
-        return z
-    noise = [torch.randn(z.shape[1:], generator=s.draws) for s in batch]
-    return z + std * torch.stack(noise).to(z.device)
+    return z if eta == 0 else z + std * gaussian(batch, z.shape[1:], 'draws', z.device)
 
 
 def first_states(batch, models, n):
     """Where rollouts of n steps begin: their states at the first sigma."""
-    shape = models.field.shape(*batch[0].size)
-    eps = torch.stack([torch.randn(shape, generator=s.noise) for s in batch])
-    return models.field.first_state(eps.to(models.field.device), n, *batch[0].size)
+    field, size = models.field, batch[0].size
+    return field.first_state(gaussian(batch, field.shape(*size), 'noise', field.device), n, *size)
 
 
 @torch.no_grad()
@@ -518,13 +523,12 @@ def pictures(who, batch, models, n, w=1.0):
 
 
 @torch.no_grad()
-def student_states(batch, models, c, velocity=None):
-    """What rollouts come by at their samples' queries: [(sample, sigma, state)]. A sample leaves
+def rollout_states(batch, models, c, velocity):
+    """What rollouts come by at their samples' queries: [(sample, state, sigma)]. A sample leaves
     at the last of its queries."""
-    velocity = velocity or partial(models.velocity, 'student', w=c.rollout_guidance)
     z, sigmas, found = first_states(batch, models, c.steps), models.sigmas(batch, c.steps), []
     for i in range(c.steps):
-        found += [(s, sigmas[i], x) for s, x in zip(batch, z) if i in s.queries]
+        found += [(s, x, sigmas[i]) for s, x in zip(batch, z) if i in s.queries]
         stay = [j for j, s in enumerate(batch) if s.queries[-1] > i]
         if not stay:
             break
@@ -534,9 +538,15 @@ def student_states(batch, models, c, velocity=None):
     return found
 
 
+def student_states(batch, models, c):
+    """On-policy: of the student's own rollout."""
+    velocity = partial(models.velocity, 'student', w=c.rollout_guidance)
+    return rollout_states(batch, models, c, velocity)
+
+
 def teacher_states(batch, models, c):
     """Off-policy: of each teacher's own rollout."""
-    return student_states(batch, models, c, models.target)
+    return rollout_states(batch, models, c, models.target)
 
 
 @torch.no_grad()
@@ -544,9 +554,9 @@ def data_states(batch, models, c):
     """Off-policy: the data's own pictures, with noise added."""
     sigmas = models.sigmas(batch, c.steps)
     x0 = models.field.encode_image(load_images(batch, 'target_image'))
-    eps = partial(torch.randn, x0[0].shape)
-    return [(s, sigmas[i], (1 - sigmas[i]) * x + sigmas[i] * eps(generator=s.draws).to(x.device))
-            for s, x in zip(batch, x0) for i in s.queries]
+    found = [(s, x, sigmas[i]) for s, x in zip(batch, x0) for i in s.queries]
+    noise = gaussian([s for s, _, _ in found], x0.shape[1:], 'draws', x0.device)
+    return [(s, (1 - sigma) * x + sigma * eps, sigma) for (s, x, sigma), eps in zip(found, noise)]
 
 
 STATES = dict(student=student_states, teacher=teacher_states, data=data_states)
@@ -557,14 +567,15 @@ def visits(samples, models, c, states='student'):
     for batch in micro_batches(samples, models, c):
         found = STATES[states](batch, models, c)
         for k in range(0, len(found), c.micro_batch):
-            batch, sigma, z = zip(*found[k:k + c.micro_batch])
-            yield batch, torch.stack(z), torch.stack(sigma)
+            some, z, sigma = zip(*found[k:k + c.micro_batch])
+            yield some, torch.stack(z), torch.stack(sigma)
 
 
 @torch.no_grad()
 def trajectory(batch, models, c):
     """The trained steps of a stochastic rollout, kept for policy gradients: states z (n + 1, B, ..)
-    and velocities v (n, B, ..), with the log-probability of what was drawn."""
+    and velocities v (n, B, ..), with the log-probability of what was drawn. Methods add tensors of
+    these first two dimensions."""
     sigmas = models.sigmas(batch, c.steps)
     t = SimpleNamespace(batch=batch, sigmas=sigmas, v=[], z=[first_states(batch, models, c.steps)])
     for sigma, sigma_next in zip(sigmas, sigmas[1:c.steps - c.drop_last + 1]):
@@ -602,20 +613,19 @@ def action(t, i, c, v):
 # a forward with gradient. The loop calls backward before it asks for the next term, so that one
 # graph is alive at a time, and updates the student before it asks for the next update.
 
-Term = namedtuple('Term', 'batch loss numbers')    # samples; a loss, and numbers to log, of each
+# samples; a loss of each, divided by how many states a sample has; numbers of each, for the log
+Term = namedtuple('Term', 'batch loss numbers')
 Method = namedtuple('Method', 'updates settings')  # and those settings that not all methods read
-# of Flow-OPD; group: normalised in groups of a prompt; attached: the KL keeps its own gradient
-Reward = namedtuple('Reward', 'of_action group attached')
 
 
-def distil(batch, models, c, z, sigma, v, v_target, factor, error=velocity_error):
-    """The weighted error of the student's velocity v at states z, as a term."""
-    loss = factor * error(v, v_target)
+def distil(batch, models, c, z, sigma, v, v_target, n, weight=1.0, error=velocity_error):
+    """The weighted error of the student's velocity v at states z, n of each sample, as a term."""
+    loss = weight * error(v, v_target)
     numbers = dict(loss=loss.detach(), sigma=sigma, gap=relative_gap(v.detach(), v_target))
-    return Term(batch, loss + anchored(batch, models, c, z, sigma, v, factor, error), numbers)
+    return Term(batch, (loss + anchored(batch, models, c, z, sigma, v, weight, error)) / n, numbers)
 
 
-def anchored(batch, models, c, z, sigma, v, factor, error=velocity_error):
+def anchored(batch, models, c, z, sigma, v, weight, error=velocity_error):
     """Flow-OPD's MAR, for all methods: the same error to the base or to another teacher, with its
     own guidance if it has one, else (unlike as a target) with the student's."""
     if not c.anchor:
@@ -623,19 +633,19 @@ def anchored(batch, models, c, z, sigma, v, factor, error=velocity_error):
     w = models.teachers.get(c.anchor, {}).get('guidance', c.student_guidance)
     with torch.no_grad():
         v_anchor = models.velocity(c.anchor, batch, z, sigma, w)
-    return c.anchor_beta * factor * error(v, v_anchor)
+    return c.anchor_beta * weight * error(v, v_anchor)
 
 
 def danceopd(samples, models, c, error=velocity_error):
     """DanceOPD (2606.27377): the plain velocity error, at K states of the student's own rollout."""
     for s in samples:
-        s.queries = draw_queries((c.seed, s.step, s.number, 'query'), s, c)
+        s.queries = draw_queries(s, c)
 
     def terms():
         for batch, z, sigma in visits(samples, models, c, c.states):
             v_target = models.target(batch, z, sigma)
             v = models.velocity('student', batch, z, sigma, c.student_guidance)
-            yield distil(batch, models, c, z, sigma, v, v_target, 1 / c.queries, error)
+            yield distil(batch, models, c, z, sigma, v, v_target, c.queries, error=error)
     yield terms()
 
 
@@ -650,8 +660,8 @@ def diffusionopd(samples, models, c):
                 sigma, sigma_next = sigmas[i].expand(len(z)), sigmas[i + 1]
                 v_target = models.target(batch, z, sigma)
                 v = models.velocity('student', batch, z, sigma, c.student_guidance)
-                factor = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var) / n
-                yield distil(batch, models, c, z, sigma, v, v_target, factor)
+                weight = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var)
+                yield distil(batch, models, c, z, sigma, v, v_target, n, weight)
                 if i < n - 1:
                     if c.rollout_guidance != c.student_guidance:
                         with torch.no_grad():
@@ -682,6 +692,8 @@ def minus_kl(drawn, mean_teacher, mean, std, kl):
     return -kl
 
 
+# group: normalised in groups of a prompt; attached: the KL keeps its own gradient (`code`)
+Reward = namedtuple('Reward', 'of_action group attached')
 REWARDS = dict(
     k1=Reward(log_ratio, False, False),         # correct, at the KL's own scale
     k1_group=Reward(log_ratio, True, False),    # as published for rewards: a scale for each step
@@ -719,13 +731,13 @@ def flowopd(samples, models, c):
             for i, v_target in enumerate(t.v_target):
                 z, sigma, sigma_next, _ = at_step(t, i)
                 v = models.velocity('student', t.batch, z, sigma, c.student_guidance)
-                factor = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var)
-                kl, a = factor * velocity_error(v, v_target), t.advantage[i]
+                weight = kl_weight(sigma, sigma_next, c.eta, c.sde, c.kl_var)
+                kl, a = weight * velocity_error(v, v_target), t.advantage[i]
                 if REWARDS[c.reward].attached:                 # KL(s) keeps its own gradient
                     a = (-kl).clamp(-c.adv_clip, c.adv_clip)
                 logp = log_prob(*action(t, i, c, v))
                 loss, numbers = ppo_loss(logp, t.logp[i], a, c.clip_range)
-                loss = loss + anchored(t.batch, models, c, z, sigma, v, factor)
+                loss = loss + anchored(t.batch, models, c, z, sigma, v, weight)
                 numbers |= dict(loss=kl.detach(), gap=relative_gap(v.detach(), v_target),
                                 sigma=sigma, flat=(t.advantage[i] == 0).float())
                 # the shares of an update's samples sum to 1 / updates
@@ -770,7 +782,7 @@ def render(who, route, rows, models, c, world, own=False):
     done = []
     for batch in micro_batches(samples[world.rank::world.size], models, c):
         drawn = pictures(who, batch, models, c.sample_steps, w).cpu()
-        done += [(s.number, x.clone()) for s, x in zip(batch, drawn)]
+        done += [(s.number, x.clone()) for s, x in zip(batch, drawn)]      # of its own storage
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
 
 
@@ -785,11 +797,12 @@ def evaluate(step, held, draw, models, c, folder):
                     shown(rows, 'source_image', route['size']),
                     draw(route['teacher'], route, rows, own=True), draw('student', route, rows))
         with student.wearing(student.ema):
-            now, more = draw('student', route, rows), held[label][:c.eval_samples]
+            now = draw('student', route, rows)
+            more = held[label][:c.eval_samples]
             entry[f'gap/{label}'] = mean_gap(route, more, models, c, folder.world)
         lines += zip((f'{label}: {r["prompt"]}' for r in rows), *folder.stills[label], now)
-    folder.draw(step, lines, ['source', 'teacher', 'student at start', 'student now'])
     folder.log.add(entry)
+    folder.draw(step, lines, ['source', 'teacher', 'student at start', 'student now'])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -799,23 +812,31 @@ CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, reward=RE
                mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'), **checks.CHOICES)
 
 
-def train(samples_of, updates, models, look, c, folder):
+def learning_rate(step, c):
+    """Warm-up, then constant or cosine. From the settings alone: a resume follows new ones."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / c.max_steps))
+    decay = max(cosine if c.lr_schedule == 'cosine' else 1.0, 0.02)
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * decay
+
+
+def train(samples_of, method, models, look, c, folder):
     """The loop, of train_teacher.py as well. -> whether it came to its end."""
     student, world, log = models.student, folder.world, folder.log
-    if not folder.evaluated():
+    if folder.owes_evaluation():
         look(folder.first)
     for step in (bar := folder.bar()):
         # plan: who answers for which rows
-        samples, models.spent, world.stop.busy = samples_of(step), 0, True     # now a stop waits
+        samples, models.spent = samples_of(step), 0
+        world.stop.busy = True                                 # now a stop waits, until we save
 
         # roll out and learn: backward after every term, before the next is made
-        for terms in updates(samples, models, c):
+        for terms in method(samples, models, c):
             for term in terms:
                 rehearsal.check_term(term, c.method)
                 share = torch.tensor([s.share for s in term.batch], device=world.device)
                 (share * term.loss).sum().backward()
                 log.note(term.batch, **term.numbers)
-            norm = student.update(learning_rate(step, c), c, world)
+            norm = student.update(learning_rate(step, c), c, world)    # sum, clip, AdamW, average
             log.watch(step, norm, student)
         log.tally(cost=models.spent)
 
@@ -823,7 +844,7 @@ def train(samples_of, updates, models, look, c, folder):
         done, final = step + 1, step + 1 == c.max_steps
         bar.set_postfix(log.glance(samples), refresh=False)
         if done % c.log_every == 0 or final:
-            log.report(done, grad_norm=norm, lr=learning_rate(step, c))
+            log.report(done, lr=learning_rate(step, c))
         ending = any(gather(world, [world.stop.asked]))
         if done % c.save_every == 0 or final or ending:
             folder.save(done, models)
@@ -838,12 +859,12 @@ def train(samples_of, updates, models, look, c, folder):
 def main(argv):
     c = checks.own_settings(SETTINGS, argv)
     data = checks.check(c, SETTINGS[0], FAMILIES, CHOICES)
-    world, dealt = launch(c.device, c.tf32), partial(plan, c=c, buckets=data.buckets)
-    rehearsal.print_plan(c, data, world, dealt, METHODS, Models)
+    world, plan_of = launch(c.device, c.tf32), partial(plan, c=c, buckets=data.buckets)
+    rehearsal.print_plan(c, data, world, plan_of, METHODS, Models)
     if c.dry_run:
         return checks.tell_dry_run(c, world)
 
-    folder, samples_of = Folder(c, world, c.teachers), partial(dealt, world=world)
+    folder, samples_of = Folder(c, world, c.teachers), partial(plan_of, world=world)
     held = data.drawn(c.seed, max(c.eval_samples, c.show, c.score_samples if c.score else 0))
     models = Models.open(FAMILIES, c, world.device, data, held, c.teachers, folder.resumed)
     models.prompts.expect(s.row for step in range(folder.first, c.max_steps)

@@ -25,12 +25,12 @@ import train_opd
 from configurator import collect
 from support import checks, rewards
 from support.files import judged, load_images, shown
-from support.judges import Judges, group_advantage
+from support.judges import FLAT, Judges, group_advantage
 from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
-from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, kl_weight,
-                       log_prob, micro_batches, plan, ppo_loss, render, train, trajectories,
-                       trajectory, velocity_error)
+from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, gaussian,
+                       kl_weight, log_prob, micro_batches, plan, ppo_loss, render, train,
+                       trajectories, trajectory, velocity_error)
 
 # --------------------------------------------------------------------------------------------------
 # Settings. Those shared with train_opd.py come from there; some have other defaults here
@@ -59,7 +59,7 @@ global_std = False                  # grpo: divide by the standard deviation of 
 best_of = 0                         # grpo: of each group, train so many, best and worst (0: all)
 updates = 1                         # optimizer steps a rollout; sdpo deals its steps among them
 kl_beta = 0.0                       # KL to the base (Flow-GRPO 0.04); at 0 it is only logged
-kl_var = 'true'                     # 'code' leaves out the step's length, as Flow-GRPO's release
+kl_var = 'true'                     # 'code': std^2 without the step's length (Flow-GRPO's release)
 gamma = 0.99                        # sdpo: discount of later rewards, and weight of later steps
 buffer = 32                         # sdpo: returns kept for a prompt and step; used from 16 on
 # rewards: reward is a name of support/rewards.py, a URL or file.py:function; normalised, then added
@@ -127,7 +127,7 @@ def combined_advantage(values, weights, stds, group, clip):
     no scale wins. And which groups are alive: one whose rewards are all equal teaches nothing."""
     each = [group_advantage(v, group, std).clamp(-clip, clip) for v, std in zip(values, stds)]
     total = sum(w * a for w, a in zip(weights, each)).clamp(-clip, clip)
-    return total, total.view(-1, group).abs().amax(1) > 0
+    return total, torch.stack(each).view(len(each), -1, group).abs().amax((0, 2)) > 0
 
 
 def extremes(advantage, group, keep):
@@ -157,6 +157,11 @@ def returns(r, gamma):
     return R
 
 
+def apart(one, two):
+    """Where do two returns differ by more than float32's rounding?"""
+    return (one - two).abs() > FLAT * one.abs().maximum(two.abs())
+
+
 def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
     """(w [(log p1 - log p1_old) - (log p2 - log p2_old)] - (A1 - A2))^2 of pairs in neighbouring
     places; the larger of it and of the same with log p clipped to log p_old +- clip_range."""
@@ -171,22 +176,21 @@ def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
 # Methods: generators of updates, which are generators of terms (see train_opd.py)
 
 def sft(samples, models, c):
-    yield flow_matching(samples, models, c)
+    yield flow_matching(samples, models, c, c.prompt_dropout)
 
 
-def flow_matching(samples, models, c):
+def flow_matching(samples, models, c, dropout=0.0):
     """mean |v - (eps - x0)|^2 at random noise levels of the data's own pictures."""
     for batch in micro_batches(samples, models, c):
         schedule, sigma = models.sigmas(batch, 1000), []
         for s in batch:
             key = c.seed, s.step, s.number
-            if s.step != 'eval' and rng(*key, 'drop').random() < c.prompt_dropout:
+            if rng(*key, 'drop').random() < dropout:
                 s.cond = s.empty
             sigma.append(draw_sigma(schedule, rng(*key, 'sigma'), c.sigmas))
         with torch.no_grad():
             x0 = models.field.encode_image(load_images(batch, 'target_image'))
-        eps = torch.stack([torch.randn(x0.shape[1:], generator=s.noise) for s in batch])
-        sigma, eps = torch.stack(sigma), eps.to(x0.device)
+        sigma, eps = torch.stack(sigma), gaussian(batch, x0.shape[1:], 'noise', x0.device)
         z = (1 - col(sigma)) * x0 + col(sigma) * eps
         loss = velocity_error(models.velocity('student', batch, z, sigma), eps - x0)
         yield Term(batch, loss, dict(loss=loss.detach(), sigma=sigma))
@@ -299,7 +303,7 @@ def sdpo(samples, models, c):
     for t in pairs:
         a = torch.tensor([advantages[s.number] for s in t.batch], device=t.z.device).T
         t.advantage = a.clamp(-c.adv_clip, c.adv_clip)         # (steps, B)
-        alive = (t.returns[..., 0::2] != t.returns[..., 1::2]).any(0).any(0)
+        alive = apart(t.returns[..., 0::2], t.returns[..., 1::2]).any(0).any(0)
         judges.note_groups(t.batch, alive, 2)
         t.order = torch.tensor([rng(c.seed, s.step, s.group, 'order').sample(range(n), n)
                                 for s in t.batch]).T
@@ -379,16 +383,16 @@ def evaluate(step, held, models, c, folder):
         if judges.score:
             found[f'score/{label}'] = judges.score(now, rows, c.micro_batch)
         lines += zip((f'{label}: {row["prompt"]}' for row in few), *folder.stills[label], now)
-    folder.draw(step, lines, ['source', 'target', 'base', 'now'])
     folder.log.say(f'step {step:6d}  ' + '  '.join(f'{k} {x:.4g}' for k, x in found.items()))
     folder.log.add(dict(step=step, **{f'eval/{k}': x for k, x in found.items()}))
+    folder.draw(step, lines, ['source', 'target', 'base', 'now'])
 
 
 @torch.no_grad()
 def held_loss(route, rows, models, c, world):
     """Imitation's loss on held-out rows."""
     samples = [Sample(row, route['size'], torch_rng(c.seed, 'loss', route['data'], i), step='eval',
-                      number=i) for i, row in enumerate(rows)]
+                      number=i) for i, row in enumerate(rows)]     # sigmas of no step of training
     terms = flow_matching(samples[world.rank::world.size], models, c)
     losses = gather(world, [x for term in terms for x in term.loss.tolist()])
     return sum(losses) / len(losses)
@@ -405,7 +409,8 @@ def main(argv):
             print(f'bucket {k:20s} {data.told(k)}')
     if c.dry_run:
         return checks.tell_dry_run(c, world)
-    c.routes_per_step, c.rollout_guidance, c.student_guidance = 'sample', c.guidance, c.guidance
+    vars(c).update(routes_per_step='sample', mixing='hard', teacher_offload=False,
+                   rollout_guidance=c.guidance, student_guidance=c.guidance)
     samples_of = partial(plan, c=c, buckets=data.buckets, world=world,
                          same_noise=c.same_noise and not imitates(c),
                          updates=1 if in_pairs(c) else c.updates)

@@ -7,6 +7,7 @@
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
 resolution = 512                            # published, down to betas, but for what is ours
+max_sequence_length = 128                   # the releases'
 teachers = [dict(name='ocr', lora='jieliu/SD3.5M-FlowGRPO-Text', guidance=4.5),
             dict(name='geneval', lora='jieliu/SD3.5M-FlowGRPO-GenEval', guidance=4.5)]
 routes = [dict(teacher='ocr', data='ocr', weight=1.0),

@@ -6,7 +6,8 @@
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
 resolution = 512                            # from here to ema_every as published, but for
-teachers = [                                # what is said to be ours
+max_sequence_length = 128                   # what is said to be ours
+teachers = [
     dict(name='pickscore', lora='quanhaol/DiffusionOPD/AesTeacher/lora', guidance=4.5),
     dict(name='ocr', lora='quanhaol/DiffusionOPD/OCRTeacher/lora', guidance=4.5),
     dict(name='geneval', lora='quanhaol/DiffusionOPD/GenEvalTeacher/lora', guidance=1.0)]
@@ -18,10 +19,9 @@ data = ['data/examples/aesthetic.txt', 'data/examples/ocr.txt', 'data/examples/g
 eval_data = []                              # ours: 24 prompts each, to try it; thousands are wanted
 
 init_from = 'base'                          # ours, as it is not said; 'merge' is the mean of all
-rank = 32
-alpha = 64.0
+rank, alpha = 32, 64.0
 steps, drop_last = 10, 0
-eta = 0.0                                   # the ODE: published as faster, alike on the shapes
+eta = 0.0                                   # the ODE: published as faster; of an SDE, drop_last = 1
 rollout_guidance = student_guidance = 4.5
 method = 'diffusionopd'                     # ours: all steps; their release: drop_last = 1
 batch_size = 72

@@ -4,7 +4,7 @@
 # Memory, computed, not measured: 24 GB at 1024 pixels (base and teacher in bf16 5 GB each, adapter
 # and optimizer 2 GB, the rest activations); teacher_offload = True keeps the teacher on the CPU
 # meanwhile.
-_base = 'hf download stabilityai/stable-diffusion-3.5-medium --include "transformer/*"'
+_base = 'hf download -q stabilityai/stable-diffusion-3.5-medium --include "transformer/*"'
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
 resolution = 1024

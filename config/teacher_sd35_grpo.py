@@ -6,6 +6,7 @@
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login
 family = 'StableDiffusion3Pipeline'
 resolution = 512
+max_sequence_length = 128                   # the release's
 method = 'grpo'
 data = ['data/examples/aesthetic.txt']      # ours: 24 prompts, to try it; thousands are wanted
 eval_data = []
@@ -20,8 +21,7 @@ group_size = 24
 same_noise = False
 drop_last = 1                               # 9 of 10 steps are trained: all but the last
 timestep_fraction = 1.0
-clip_range = 1e-4
-adv_clip = 5.0
+clip_range, adv_clip = 1e-4, 5.0
 global_std = True
 kl_beta = 0.01                              # for PickScore; 0.04 for OCR and GenEval
 kl_var = 'code'                             # which is what these numbers were found with

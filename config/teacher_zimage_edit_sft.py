@@ -4,7 +4,7 @@
 # Memory, computed, not measured: 42 GB at 1024 pixels (base in bf16 12 GB, adapter of rank 128
 # with its optimizer 9 GB, the rest activations of two samples, VAE and the SigLIP encoder).
 import os
-model = 'Tongyi-MAI/Z-Image-Omni-Base'      # as it was announced; or the folder that you have
+model = 'Tongyi-MAI/Z-Image-Omni-Base'      # announced; not out when this was written
 family = 'ZImageOmniPipeline'
 resolution = 1024
 max_sequence_length = 512                   # the pipeline's

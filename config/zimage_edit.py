@@ -1,13 +1,13 @@
 # DanceOPD's main experiment (2606.27377), two edit teachers into one student, on Z-Image. Through
-# diffusers it is the Omni model that takes a source picture; the paper taught the text-to-image
-# model to, with code of its own. Its teachers are not published: the messages say how to make
-# yours.
+# diffusers it is the Omni model that takes a source picture (until it is out: flux2_klein_edit.py);
+# the paper taught the text-to-image model to, with code of its own. Its teachers are not published:
+# the messages say how to make yours.
 # Memory, computed, not measured: 40 GB at 1024 pixels (base in bf16 12 GB, adapters of rank 128
 # with the optimizer 10 GB, the rest activations, VAE and the SigLIP encoder). rank = 32 saves 7
 # GB.
 import os
 _make = 'python train_teacher.py config/teacher_zimage_edit_sft.py'
-model = 'Tongyi-MAI/Z-Image-Omni-Base'      # as it was announced; or the folder that you have
+model = 'Tongyi-MAI/Z-Image-Omni-Base'      # announced; not out when this was written
 family = 'ZImageOmniPipeline'
 resolution = 1024
 max_sequence_length = 512                   # the pipeline's

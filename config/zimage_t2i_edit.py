@@ -3,7 +3,7 @@
 # zimage_edit.py.
 # Memory, computed, not measured: 40 GB at 1024 pixels, as there.
 import os
-model = 'Tongyi-MAI/Z-Image-Omni-Base'      # as it was announced; or the folder that you have
+model = 'Tongyi-MAI/Z-Image-Omni-Base'      # announced; not out when this was written
 family = 'ZImageOmniPipeline'
 resolution = 1024
 max_sequence_length = 512                   # the pipeline's

@@ -8,12 +8,25 @@ from families.qwen import Qwen
 from support.files import open_image
 
 
+def tell_pictures(encoder, args, inputs):
+    """Which tokens are of the picture. transformers 5 asks for it, and the pipelines do not say: the
+    picture's tokens would have places in a line, unlike those that the model was trained with."""
+    if inputs.get('image_grid_thw') is not None and inputs.get('mm_token_type_ids') is None:
+        pictures = inputs['input_ids'] == encoder.config.image_token_id
+        inputs['mm_token_type_ids'] = pictures.int()
+    return args, inputs
+
+
 class QwenEdit(Qwen):
     """The text encoder looks at the source as the pipeline shows it: whole, Edit at a megapixel,
     Plus at 384 x 384 pixels' area. Its latents follow the target's, here at the target's size; the
     pipelines bring every source to about a megapixel, so train at resolution 1024 or near it."""
     editors = 'QwenImageEditPipeline', 'QwenImageEditPlusPipeline'
     sees_source = True
+
+    def __init__(self, pipe, *a, **k):
+        super().__init__(pipe, *a, **k)
+        pipe.text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
 
     def encode(self, prompt, source=''):
         need(source, f'{type(self.pipe).__name__} reads no words without a source picture: give '

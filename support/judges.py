@@ -13,21 +13,25 @@ from support import rewards
 from support.files import RewardError, judged, one_line
 from support.processes import gather
 
+FLAT = 1e-6                             # of the largest: what float32 does not tell from equal
+
 
 def group_advantage(rewards, group, std=None):
     """(r - mean) / std within each group of `group` in a row, or with one std for all of a batch.
     Groups without spread, by float32's measure, get zeros."""
     r = rewards.view(-1, group)
-    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= 1e-6 * r.abs().amax(1, keepdim=True)
+    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= FLAT * r.abs().amax(1, keepdim=True)
     std = r.std(1, keepdim=True) if std is None else std
     return ((r - r.mean(1, keepdim=True)) / std).masked_fill(flat, 0).view(-1)
 
 
 def buffered(x, past, batch):
     """SDPO's advantage of a return x, (x - mean) / std: of those remembered of its prompt and step,
-    or, while these are fewer than 16, of the whole batch's of its step."""
+    or, while these are fewer than 16, of the whole batch's of its step. Where these are all equal,
+    by float32's measure, 0."""
     known = torch.tensor(list(past) if len(past) >= 16 else batch)
-    return ((x - known.mean()) / (known.std() + 1e-6)).item()
+    flat = known.max() - known.min() <= FLAT * known.abs().max()
+    return 0.0 if flat else ((x - known.mean()) / (known.std() + 1e-6)).item()
 
 
 def scorer(score, world):

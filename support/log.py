@@ -64,7 +64,7 @@ class Log:
         self.updates = dict(skipped=student.skipped, idle=student.idle)
         bad_at, self.bad_at = self.bad_at, ''
         if math.isfinite(norm):
-            return
+            return self.tally(grad_norm=norm)
         where = [x for x in gather(self.world, [bad_at]) if x]
         where = where[0] if where else f'{self.at}, whose loss was finite'
         many = sum(student.recent)

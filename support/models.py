@@ -410,13 +410,6 @@ def open_full(path, field, small=False):
 
 
 # -------------------- the student
-def learning_rate(step, c):
-    """Warm-up, then constant or cosine. From the settings alone: a resume follows new ones."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / c.max_steps))
-    decay = max(cosine if c.lr_schedule == 'cosine' else 1.0, 0.02)
-    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * decay
-
-
 class Student:
     """The one adapter that learns, in float32, with its optimizer and its average."""
 

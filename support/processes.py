@@ -53,15 +53,16 @@ def launch(device='', tf32=True):
 
 class Stop:
     """SIGTERM or Ctrl-C. While a step is learned it is only noted (`asked`), and the loop ends with
-    a checkpoint; at any other time, or the second time, the run ends at once: nothing is lost. (No
-    code that catches its own errors takes a KeyboardInterrupt for one of them.)"""
+    a checkpoint; at any other time, or at a second Ctrl-C, the run ends at once: nothing is lost.
+    (SIGTERM comes twice where a cluster tells a process and torchrun too. No code that catches its
+    own errors takes a KeyboardInterrupt for one of them.)"""
 
     def __init__(self):
         self.asked, self.busy, self.saved = False, False, ''
         self.before = {k: signal.signal(k, self.hear) for k in (signal.SIGTERM, signal.SIGINT)}
 
     def hear(self, number, frame):
-        if self.asked or not self.busy:
+        if not self.busy or self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt(f'asked to stop; what was written stays{self.saved}')
         self.asked = True
 

@@ -3,7 +3,7 @@ A run's folder: log.jsonl (support/log.py), samples/, result.json, and checkpoin
 link `latest`. A checkpoint is renamed into place when it is whole, so that a run can be killed at
 any moment.
 """
-import fcntl, hashlib, json, os, re, shutil, socket, time
+import errno, fcntl, hashlib, json, os, re, shutil, socket, time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -95,10 +95,11 @@ class Folder:
         return tqdm(range(self.first, steps), initial=self.first, total=steps,
                     disable=quiet)                             # None: where nobody looks
 
-    def evaluated(self):
-        """Is the step that this run begins with not one to evaluate, or is that in the log?"""
+    def owes_evaluation(self):
+        """Is the step that this run begins with one to evaluate, which the log has not yet?"""
         due = self.first % self.c.eval_every == 0 or self.first == self.c.max_steps
-        return not due or any(e['step'] == self.first and 'lr' not in e for e in self.log.history)
+        done = any(e['step'] == self.first and 'lr' not in e for e in self.log.history)
+        return due and not done
 
     def draw(self, step, lines, heads):
         """Lines of (caption, picture, picture, ...) as a picture of the step."""
@@ -277,6 +278,10 @@ def locked(out):
             who = who or 'another process'
             raise BadInput(f'{out} is being written by {who}; stop that run, or choose another '
                            '--out_dir') from e
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(f'{out}: its file system has no locks; see to it that one run alone writes there')
         lock.truncate(0)
         lock.write(f'process {os.getpid()} on {socket.gethostname()}')
         lock.flush()

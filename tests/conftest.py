@@ -12,7 +12,7 @@ os.chdir(ROOT)
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error')
 sys.path[:0] = [str(ROOT), str(ROOT / 'data' / 'shapes'), str(ROOT / 'tests')]
 
-import base64, copy, csv, functools, http.server, io, itertools, json, math, random, re
+import base64, copy, csv, errno, functools, http.server, io, itertools, json, math, random, re
 import shutil, signal, socket, subprocess, tempfile, textwrap, threading, time, types
 import urllib.error, urllib.request
 import diffusers

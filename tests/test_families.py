@@ -221,6 +221,27 @@ def test_words_are_brought_to_the_device_once(name):
         assert all(c['text'] is some[0]['text'] for c in some)
 
 
+@pytest.mark.parametrize('name', SHOWN)
+def test_the_text_encoder_knows_which_tokens_are_the_pictures(name, tmp_path):
+    """Their places are in a plane then, not in a line."""
+    field, seen = shared(name), {}
+    inner = field.pipe.text_encoder.model
+    hooks = [field.pipe.text_encoder.register_forward_pre_hook(
+                 lambda m, a, k: seen.update(k), with_kwargs=True),
+             inner.language_model.register_forward_pre_hook(
+                 lambda m, a, k: seen.update(places=k['position_ids']), with_kwargs=True)]
+    try:
+        field.encode(WORDS[0], sources(field, SIZES[0], tmp_path, 1)[0]['path'])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pictures = seen['mm_token_type_ids'] == 1
+    assert (pictures == (seen['input_ids'] == 7)).all()
+    assert pictures.sum() == seen['image_grid_thw'].prod() // 4
+    rows, columns = seen['places'][-2:, pictures]
+    assert rows.unique().numel() * columns.unique().numel() == pictures.sum()
+
+
 # -------------------- 4. how guidance combines
 def test_qwen_keeps_the_length_of_each_tokens_velocity():
     field = shared('qwen')

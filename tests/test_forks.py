@@ -59,11 +59,11 @@ def test_a_query_rule_that_cannot_be_is_refused(rule, message, monkeypatch):
 
 def test_a_rules_draws_do_not_follow_from_its_place():
     """What it draws and where it stands are two things, also with one sample a route."""
-    s = T.Sample({}, (24, 24), None, slot=0, of=1)
-    c = SimpleNamespace(queries=1, query='own', steps=4, drop_last=0)
+    c = SimpleNamespace(queries=1, query='own', steps=4, drop_last=0, seed=0)
+    samples = [T.Sample({}, (24, 24), None, number=i) for i in range(4000)]
     with pytest.MonkeyPatch.context() as m:
         m.setitem(T.QUERIES, 'own', lambda r, even: even if r.random() < 0.5 else 0.0)
-        drawn = [T.draw_queries((0, i), s, c)[0] for i in range(4000)]
+        drawn = [T.draw_queries(s, c)[0] for s in samples]
     assert [abs(drawn.count(i) / 4000 - p) < 0.03
             for i, p in enumerate((0.625, 0.125, 0.125, 0.125))] == [True] * 4
 
@@ -77,8 +77,8 @@ def test_the_anchor_has_the_same_error():
     v, v_base = torch.randn(2, 3, 1, 4, 4)
     models = SimpleNamespace(teachers={}, velocity=lambda *a: v_base)
     c = SimpleNamespace(anchor='base', anchor_beta=0.25, student_guidance=1.0)
-    term = T.distil([], models, c, None, None, v, v, 2.0, huber)
-    assert torch.allclose(term.loss, 0.25 * 2.0 * huber(v, v_base)) and term.loss.min() > 0
+    term = T.distil([], models, c, None, None, v, v, 4, 2.0, huber)        # four states a sample
+    assert torch.allclose(term.loss, 0.25 * 2.0 / 4 * huber(v, v_base)) and term.loss.min() > 0
 
 
 def test_a_method_that_leaves_out_no_step_learns_from_all_of_them(monkeypatch, capsys):

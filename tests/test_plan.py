@@ -131,9 +131,8 @@ def test_a_batch_that_does_not_divide_says_what_would(world, tmp_path, monkeypat
 # -------------------- queries
 def drawn(rule, k=1, steps=16, n=3000, drop_last=0):
     """[step numbers of a sample], many times; each sample is alone on its route."""
-    c = SimpleNamespace(queries=k, query=rule, steps=steps, drop_last=drop_last)
-    s = SimpleNamespace(slot=0, of=1)
-    return [T.draw_queries((i,), s, c) for i in range(n)]
+    c = SimpleNamespace(queries=k, query=rule, steps=steps, drop_last=drop_last, seed=0)
+    return [T.draw_queries(SimpleNamespace(step=0, number=i, slot=0, of=1), c) for i in range(n)]
 
 
 def mean_of(rule):
@@ -202,9 +201,9 @@ def test_the_last_steps_are_left_out(rule):
 
 @pytest.mark.parametrize('k, of', [(1, 16), (2, 8), (1, 32)])
 def test_stratified_queries_spread_over_a_routes_samples(k, of):
-    c = SimpleNamespace(queries=k, query='stratified', steps=16, drop_last=0)
-    seen = [i for slot in range(of)
-            for i in T.draw_queries((slot,), SimpleNamespace(slot=slot, of=of), c)]
+    c = SimpleNamespace(queries=k, query='stratified', steps=16, drop_last=0, seed=0)
+    samples = [SimpleNamespace(step=0, number=i, slot=i, of=of) for i in range(of)]
+    seen = [i for s in samples for i in T.draw_queries(s, c)]
     assert sorted(seen) == sorted([*range(16)] * (k * of // 16))
 
 

@@ -22,6 +22,21 @@ def test_who_is_interrupted_does_not_wait_for_rewards():
     assert p.returncode == 130 and 'asked to stop' in p.stderr and time.time() - began < 15
 
 
+def test_a_cluster_says_sigterm_twice_and_ctrl_c_twice_ends_at_once():
+    from support.processes import Stop
+    stop = Stop()
+    try:
+        stop.busy = True
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt, match='asked to stop'):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        stop.over()
+
+
 def launched(tmp_path, jobs):
     """Runs one after the other, in two processes that torchrun starts."""
     (tmp_path / 'both.py').write_text(BOTH)

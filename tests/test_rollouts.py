@@ -61,9 +61,9 @@ def test_a_sample_leaves_the_rollout_at_its_last_query():
     eps = [torch.randn(1, generator=T.torch_rng('noise', i)).item() for i in range(4)]
     c = settings(steps=5, rollout_guidance=3.0)
     found = T.student_states(batch, line, c)
-    assert [(s.number, round(5 - 5 * sigma.item())) for s, sigma, _ in found] == [
+    assert [(s.number, round(5 - 5 * sigma.item())) for s, _, sigma in found] == [
         (1, 0), (2, 1), (0, 2), (3, 2), (2, 4)]
-    for s, sigma, z in found:                                  # a straight line from the noise
+    for s, z, sigma in found:                                  # a straight line from the noise
         assert z.item() == pytest.approx(eps[s.number] - (1 - sigma.item()), abs=1e-6)
     assert [numbers for _, numbers, _, _ in line.asked] == [[0, 2, 3], [0, 2, 3], [2], [2]]
     for i, (who, numbers, sigma, w) in enumerate(line.asked):
@@ -93,13 +93,13 @@ def test_a_teachers_states_are_those_of_its_own_rollout(models):
             for i in range(k):
                 v = models.velocity(batch[s].teacher, [alone], z, sigmas[i].expand(1), w)
                 z = z + (sigmas[i + 1] - sigmas[i]) * v
-        mine = next(x for t, sigma, x in found if t.number == s and sigma == sigmas[k])
+        mine = next(x for t, x, sigma in found if t.number == s and sigma == sigmas[k])
         torch.testing.assert_close(mine, z[0], rtol=1e-4, atol=1e-4)
     alone = sample_of(0, queries=[0, 2])
     models.prompts.condition([alone])
     first, later = T.student_states([alone], models, settings())
-    assert torch.equal(first[2], found[0][2])                  # both start from its noise
-    assert found[1][0].number == 0 and (later[2] - found[1][2]).abs().max() > 0.1
+    assert torch.equal(first[1], found[0][1])                  # both start from its noise
+    assert found[1][0].number == 0 and (later[1] - found[1][1]).abs().max() > 0.1
 
 
 def test_states_of_data_are_its_pictures_with_noise_added(models, world):
@@ -108,8 +108,8 @@ def test_states_of_data_are_its_pictures_with_noise_added(models, world):
     sigmas = models.sigmas(batch, 4)
     found = T.data_states(batch, models, settings())
     x0 = models.field.encode_image(files.load_image(row['target_image'], 24, 24)[None])[0]
-    assert len(found) == 800 and {s.item() for _, s, _ in found} == {1.0, sigmas[2].item()}
-    z = torch.stack([z for _, s, z in found if s == sigmas[2]])
+    assert len(found) == 800 and {s.item() for _, _, s in found} == {1.0, sigmas[2].item()}
+    z = torch.stack([z for _, z, s in found if s == sigmas[2]])
     mean, std = (1 - sigmas[2]) * x0, sigmas[2].item()
     assert (z.mean(0) - mean).abs().max() < 5 * std / 400 ** 0.5
     assert (z - mean).std().item() == pytest.approx(std, rel=0.01)

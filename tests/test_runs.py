@@ -180,6 +180,14 @@ def test_a_folder_has_one_run_at_a_time(world, tmp_path):
     R.locked(tmp_path / 'run').close()
 
 
+def test_a_file_system_without_locks_does(tmp_path, monkeypatch, capsys):
+    def none(*a):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+    monkeypatch.setattr(R.fcntl, 'flock', none)
+    R.locked(tmp_path / 'run').close()
+    assert 'has no locks' in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_named_with_what_to_do(world, tmp_path):
     argv = world.opd(tmp_path / 'run', max_steps=2, steps=1, eval_samples=1, save_every=1)
     out = run(T.main, argv)
@@ -263,13 +271,19 @@ def test_no_score_without_samples(world, tmp_path):
 
 
 def test_what_does_not_change_is_drawn_once_a_run(world, tmp_path, monkeypatch):
-    seen, render = [], T.render
+    seen, drawn, render, curve = [], [], T.render, R.curve
 
     def watched(who, *a, **k):
         seen.append(who)
         return render(who, *a, **k)
     monkeypatch.setattr(T, 'render', watched)
+
+    def counted(history, *a):
+        drawn.append(sum('gap/edits' in e for e in history))
+        return curve(history, *a)
+    monkeypatch.setattr(R, 'curve', counted)
     out = world.distil(tmp_path / 'run', max_steps=3, eval_every=1, steps=1, eval_samples=1)
+    assert drawn == [1, 2, 3, 4, 4]                            # each picture has the newest gap
     assert seen.count('one') == seen.count('two') == 1         # teachers
     assert seen.count('student') == 2 + 2 * 4                  # its start, and four times as it is
     assert len(list((out / 'samples').glob('step_*.png'))) == 4

@@ -22,6 +22,8 @@ def test_combined_advantage():
     assert total.tolist() == pytest.approx([.5, -.5, .5, 0, 0, 0])   # each clipped, then the sum
     _, alive = combined([torch.tensor([1.0, 1.0, 2.0, 1.0])], [1.0], 2)
     assert alive.tolist() == [False, True]
+    against, alive = combined([torch.tensor([1.0, 2.0]), torch.tensor([5.0, 3.0])], [1.0, 1.0], 2)
+    assert against.tolist() == [0, 0] and alive.tolist() == [True]     # it has rewards that differ
 
 
 def test_extremes():
@@ -73,6 +75,18 @@ def test_buffered():
     batch, past = [1.0, 2.0, 3.0], [0.0] * 8 + [4.0] * 8
     assert buffered(4.0, past[:15], batch) == pytest.approx(2.0, abs=1e-5)
     assert buffered(4.0, past, batch) == pytest.approx(2 / (64 / 15) ** 0.5, abs=1e-5)
+    nearly = torch.tensor([0.8, 0.8 + 1.2e-7] * 8).tolist()    # what rounding makes of one reward
+    assert nearly[0] != nearly[1] and buffered(nearly[1], nearly, batch) == 0
+
+
+def test_rounding_is_no_difference_of_a_pair():
+    """All rewards equal: the returns that are interpolated from them differ by rounding alone."""
+    x0 = torch.randn(7, 16, 4, 3, 3, generator=T.torch_rng('x'))
+    asked = [torch.full((16,), i) for i in (0, 3, 6)]
+    R = train_teacher.returns(train_teacher.interpolate(x0, asked, torch.full((3, 16), 0.8)), 0.99)
+    one, two = R[:, 0::2], R[:, 1::2]
+    assert (one != two).any() and not train_teacher.apart(one, two).any()
+    assert train_teacher.apart(one, two + 1e-4).all()
 
 
 @pytest.mark.parametrize('method', ['grpo', 'sdpo'])

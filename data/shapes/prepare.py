@@ -41,6 +41,7 @@ work = 'out/prepare'                # the teachers' training pairs and unfinishe
 seed = 0
 base_steps = 9000
 base_stop = 0                       # stop the base early, after so many steps (0: at the end)
+base_dropout = 0.0                  # share of its pictures without their words: guidance needs some
 teachers: list = ['count', 'global_edit', 'local_edit']
 teacher_steps: dict = dict(count=400, global_edit=1100, local_edit=2700)
 pairs = 8000                        # rows a teacher is made from (drawn into `work`, not kept)
@@ -261,7 +262,10 @@ def base_batch(step, c):
         if ' and ' not in row[0] and not any(p in row[0] for p in world.PLACES):
             words.append(row)
     pairs = [near_row(r) for _ in range(near)]
-    return words, [(p, x if i < copies else source, x) for i, (p, source, x) in enumerate(pairs)]
+    pairs = [(p, x if i < copies else source, x) for i, (p, source, x) in enumerate(pairs)]
+    drop = rng(c.seed, 'base dropout', step)
+    return [[('' if drop.random() < c.base_dropout else p, *rest) for p, *rest in rows]
+            for rows in (words, pairs)]
 
 
 def train_base(c, folder):
@@ -276,7 +280,7 @@ def train_base(c, folder):
     ema, first, words = {k: p.detach().clone() for k, p in params.items()}, 0, {}
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        if saved['of'] == (c.seed, c.base_steps) and saved['step'] <= last:
+        if saved['of'] == (c.seed, c.base_steps, c.base_dropout) and saved['step'] <= last:
             net.load_state_dict(saved['net'])
             optimizer.load_state_dict(saved['optimizer'])
             ema, first = saved['ema'], saved['step']
@@ -312,8 +316,9 @@ def train_base(c, folder):
         running = total if running is None else 0.98 * running + 0.02 * total
         bar.set_postfix(loss=f'{running:.4f}', refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == last:
-            torch.save(dict(of=(c.seed, c.base_steps), step=step + 1, net=net.state_dict(), ema=ema,
-                            optimizer=optimizer.state_dict()), f'{state}.new')
+            torch.save(dict(of=(c.seed, c.base_steps, c.base_dropout), step=step + 1, ema=ema,
+                            net=net.state_dict(), optimizer=optimizer.state_dict()),
+                       f'{state}.new')
             Path(f'{state}.new').replace(state)
     net.load_state_dict(ema, strict=False)
     field.pipe.save_pretrained(folder)

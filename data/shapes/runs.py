@@ -128,7 +128,8 @@ def make(r, c, found):
         own_pictures(folder, c)
     elif r.name == 'make-half':
         half = configurator.configure(prepare.SETTINGS, [
-            '--base_steps=7500', '--base_stop=300', f'--work={folder}/work'])
+            '--base_steps=7500', '--base_stop=300', '--base_dropout=0.1',
+            f'--work={folder}/work'])
         if not (folder / 'base').exists():
             prepare.train_base(half, folder / '.base')
             os.rename(folder / '.base', folder / 'base')
