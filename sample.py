@@ -74,7 +74,7 @@ def fill(c, run):
     c.resolution = pixels(run.get('resolution') or known or 1024)
     c.steps = c.steps or (4 if c.verify else run.get('sample_steps', 28))
     c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 256)
-    told = dict(guidance=run.get('rollout_guidance', run.get('guidance', 1.0)),  # of either trainer
+    told = dict(guidance=run.get('rollout_guidance', 1.0),
                 distilled_guidance=run.get('distilled_guidance', 3.5),
                 base_storage=run.get('base_storage', '') * same)
     vars(c).update((k, x) for k, x in told.items() if getattr(c, k) is None)

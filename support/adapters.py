@@ -60,9 +60,8 @@ def find(path):
                  and not os.path.exists(parts[0]),
                  f'no such adapter: {path} (a local path, or a hub id owner/repo[/sub/folder])')
             local = _fetch('/'.join(parts[:2]), '/'.join(parts[2:]))
-        if (local / 'latest').exists():  # a run: its newest checkpoint, averaged if it has that
+        if (local / 'latest').exists():                        # a run: its newest checkpoint
             local = local / 'latest'
-            local = local / 'ema' if (local / 'ema').is_dir() else local
         if local.is_file():
             return local
         every = sorted(f.name for f in local.iterdir())

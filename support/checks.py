@@ -124,7 +124,8 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
          f'{c.steps} step(s); set drop_last = 0, or more steps'),
         (c.batch_size % unit == 0, f'batch_size = {c.batch_size} does not divide into {world} '
          f'processes x {updates} updates x groups of {c.group_size}; the nearest that does is '
-         f'{max(unit, round(c.batch_size / unit) * unit)}')])
+         f'{max(unit, round(c.batch_size / unit) * unit)}' + ", to which the routes' samples have "
+         'to sum' * any('samples' in r for r in vars(c).get('routes', ()) if type(r) is dict))])
     place(c.out_dir)
     if c.score:
         check_score(c.score)

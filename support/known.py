@@ -17,7 +17,6 @@ def locate(c):
         return '', {}
     folder = Path(c.ckpt).expanduser()
     folder = folder / 'latest' if (folder / 'latest').exists() else folder
-    folder = folder / 'ema' if c.ema and (folder / 'ema').is_dir() else folder
     path = merge_lora.find(folder if folder.exists() else c.ckpt)
     run = path.parent.parent                                   # if it is that of a run's start
     for meta in (path.parent / 'meta.json', run / 'meta.json', run / 'latest' / 'meta.json'):
@@ -31,10 +30,9 @@ def locate(c):
 
 
 def read_weights(c, path):
-    """A checkpoint's adapter is the average; the student itself is in its train state. One with a
-    folder ema/ has the average there."""
+    """A checkpoint's adapter is the average; the student itself is in its train state."""
     here = path.parent
-    if c.ema or not (here / 'meta.json').is_file() or (here / 'ema').is_dir():
+    if c.ema or not (here / 'meta.json').is_file():
         return merge_lora.read_adapter(path)
     need((here / 'train_state.pt').is_file(), f'{here} holds only the average: leave out ema=False')
     return last_weights(here)

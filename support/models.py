@@ -505,22 +505,22 @@ class Student:
         return {k: tuple(tensors[f'{k}.lora_{ab}.student.weight'].cpu() for ab in 'AB')
                 for k in self.names}
 
-    def load(self, folder, step):
+    def load(self, folder):
         state = train_state(folder)
         saved = {n: x.shape for n, x in state['student'].items()}
         need(saved == {n: p.shape for n, p in self.params.items()}, f'{folder} holds another '
              'adapter than these settings make: rank, lora_targets and model must be those of its '
              'meta.json')
-        ema = state.get('ema')                                 # folders of old have it there
-        if state.get('averaged'):
+        average = state['student']                             # else a new one begins here
+        if state['averaged']:
             files = merge_lora.read_adapter(folder)
-            ema = {f'{k}.lora_{ab}.student.weight': x for k, m in files.items()
-                   for ab, x in zip('AB', m)}
+            average = {f'{k}.lora_{ab}.student.weight': x for k, m in files.items()
+                       for ab, x in zip('AB', m)}
         for n, p in self.params.items():
             p.data.copy_(state['student'][n])
-            if self.ema:                                       # a new average begins here
-                self.ema[n].copy_((ema or state['student'])[n])
-        counts = state.get('counts', dict(updates=step, skipped=0, idle=0, recent=[]))
+            if self.ema:
+                self.ema[n].copy_(average[n])
+        counts = state['counts']
         self.updates, self.skipped, self.idle = (counts[k] for k in ('updates', 'skipped', 'idle'))
         self.recent.extend(counts['recent'])
         own = self.optimizer.state_dict()                      # a resume follows the settings
@@ -542,9 +542,10 @@ def train_state(folder):
         numbers = *state['student'].values(), *(x for m in moments for x in m.values())
         if not all(torch.as_tensor(x).isfinite().all() for x in numbers):
             raise ValueError('values that are not finite')
-        counts = state.get('counts', dict(recent=[], updates=0, skipped=0, idle=0))
-        if sorted(counts) != ['idle', 'recent', 'skipped', 'updates']:
+        if sorted(state['counts']) != ['idle', 'recent', 'skipped', 'updates']:
             raise ValueError('its counts are odd')
+        if type(state['averaged']) is not bool:
+            raise ValueError('it does not say whether there is an average')
         return state
     except Exception as e:
         said = str(e).strip().partition('\n')[0] or type(e).__name__
@@ -583,7 +584,7 @@ def open_student(models, c, checkpoint=None):
     student = Student(field.net, c, c.lora_targets or sorted(start or ()) or field.targets, start)
     models.refresh()
     if checkpoint:
-        student.load(checkpoint, int(checkpoint.name[5:]))
+        student.load(checkpoint)
     if c.grad_checkpointing:
         field.net.enable_gradient_checkpointing()
     if c.compile:

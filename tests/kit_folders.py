@@ -283,8 +283,8 @@ def runs(w):
         yield Case(f'run: meta.json {more}', 'meta.json|teacher', resume, make=changed(
             lambda out, m=more: edit_json(out / STEP / 'meta.json', m)))
     for name, change in STATES.items():
-        yield Case(f'run: train_state {name}', None if name == 'no counts' else 'train_state',
-                   resume, late=1, make=changed(edit_state, change))
+        yield Case(f'run: train_state {name}', 'train_state', resume, late=1,
+                   make=changed(edit_state, change))
     for name, change in LOGS.items():
         yield Case(f'run: log {name}', '', resume, make=changed(
             lambda out, c=change: c(out / 'log.jsonl')))

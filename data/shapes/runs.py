@@ -128,7 +128,7 @@ def make(r, c, found):
         own_pictures(folder, c)
     elif r.name == 'make-half':
         half = configurator.configure(prepare.SETTINGS, [
-            '--base_steps=7500', '--base_stop=300', '--base_dropout=0.1',
+            '--base_steps=7500', '--base_stop=450', '--base_dropout=0.1',
             f'--work={folder}/work'])
         if not (folder / 'base').exists():
             prepare.train_base(half, folder / '.base')
@@ -222,7 +222,7 @@ def scored(checkpoint, models, e, held, folder):
     if file.exists():
         return json.loads(file.read_text())
     if checkpoint:
-        student.load(checkpoint, step)
+        student.load(checkpoint)
     found = dict(step=step, right={}, gap={})
     with student.wearing(student.ema):
         for label, some in held.items():
