@@ -7,9 +7,10 @@ cost.
     python data/shapes/papers.py --only=start,k4    questions or arms of data/shapes/questions.py
     python data/shapes/papers.py --report           docs/papers.md and its plots of what is there
 
-A run is an ordinary one of train_opd.py, in out/papers/<arm>/<seed>; five of its checkpoints are
-scored afterwards. It can be killed at any moment, and the same command goes on. Its numbers are
-data/shapes/papers/<arm>-<seed>.json: these are committed. The plots need matplotlib.
+A run is an ordinary one of train_opd.py, in out/papers/<arm>/<seed>; five of its checkpoints, of a
+pilot's the last, are scored afterwards. It can be killed at any moment, and the same command goes
+on. Its numbers are data/shapes/papers/<arm>-<seed>.json: these are committed. The plots need
+matplotlib.
 
 Cost is what is equal: forwards, those with gradient three times, with guidance double, as the code
 counts them. Of an arm with several rates all are run with the first seed, and scored at their ends

@@ -227,6 +227,7 @@ def question(asks, claim, arms, contrasts, note=''):
     return Question(asks, claim, arms.split(), named, note)
 
 
+PILOTS = 'mar', 'size', 'guidance', 'numbers', 'reinforce'
 LOOKS = 'base teacher-count teacher-local teacher-global'
 QUESTIONS = {
     'loss': question(
