@@ -161,7 +161,7 @@ def main(argv):
     c = configure(SETTINGS, argv)
     path, adapter, rows = check(c)
     if c.verify:
-        sys.exit(not verified(*open_models(c, adapter, rows), rows[0], c.steps))
+        sys.exit(not verified(pictures, *open_models(c, adapter, rows), rows[0], c.steps))
     out, sheet, scores = Path(c.out_dir), [{} for _ in rows[:SHEET]], {}
     lock, first = locked(out), first_free(out)                 # locked until the process ends
     models, who = open_models(c, adapter, rows)

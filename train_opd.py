@@ -574,8 +574,8 @@ def visits(samples, models, c, states='student'):
 @torch.no_grad()
 def trajectory(batch, models, c):
     """The trained steps of a stochastic rollout, kept for policy gradients: states z (n + 1, B, ..)
-    and velocities v (n, B, ..), with the log-probability of what was drawn. Methods add tensors of
-    these first two dimensions."""
+    and velocities v (n, B, ..), with the log-probability of what was drawn. Methods add to it what
+    they find: flowopd v_target and advantage, one a step and sample."""
     sigmas = models.sigmas(batch, c.steps)
     t = SimpleNamespace(batch=batch, sigmas=sigmas, v=[], z=[first_states(batch, models, c.steps)])
     for sigma, sigma_next in zip(sigmas, sigmas[1:c.steps - c.drop_last + 1]):

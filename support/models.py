@@ -2,7 +2,7 @@
 One frozen base with adapters on it by name: the teachers, and the student that learns; teachers of
 full weights; prompts' embeddings. How these are loaded and kept; train_opd.py says who is asked.
 """
-import copy, itertools, math, os, warnings
+import copy, itertools, math, os, sys, warnings
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -308,12 +308,14 @@ class Network:
     @classmethod
     def open(cls, families, c, device, data, held, teachers=(), checkpoint=None):
         """All of a run. Prompts known ahead are encoded before the network is on the device."""
+        if os.environ.get('RANK', '0') == '0':                 # of a large model, minutes
+            tqdm.write(f'loading {c.model}', file=sys.stderr)
         field = open_field(families, c.model, c.dtype, device, c.family, c.max_sequence_length,
                            c.distilled_guidance, c.base_storage)
         # of a hub id, known only now
         check_sizes(type(field), type(field.pipe).__name__, field.configs, c.routes, data)
-        models = cls(field, teachers, c.cache_gb, getattr(c, 'mixing', 'hard'),
-                     getattr(c, 'teacher_offload', False), bool(c.base_storage))
+        models = cls(field, teachers, c.cache_gb, c.mixing, c.teacher_offload,
+                     bool(c.base_storage))
         models.prompts.begin([r for rows in held.values() for r in rows], data.buckets)
         models.student = open_student(models, c, checkpoint)
         return models

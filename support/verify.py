@@ -15,7 +15,6 @@ import torch
 
 from support.files import load_image, one_line, open_image, save_png, to_picture
 from support.processes import torch_rng
-from train_opd import pictures
 
 GUIDANCE = 3.0                      # ours: 1 is none
 EXACT, ROUNDED = 2e-3, 0.25         # the largest difference, as a share of the pictures' range
@@ -31,8 +30,8 @@ class Unlike(Exception):
     """Why something cannot be the same."""
 
 
-def verify(models, who, sample, steps):
-    """Prints the largest differences and a verdict. -> are they the same?"""
+def verify(pictures, models, who, sample, steps):
+    """Prints the largest differences of train_opd.pictures and a verdict. -> are they the same?"""
     field, size = models.field, sample.size
     field.pipe.set_progress_bar_config(disable=True)
     print(f'{type(field).__name__} ({who}) against {type(field.pipe).__name__}: '
@@ -45,9 +44,9 @@ def verify(models, who, sample, steps):
         tasks = {'encode and decode': partial(coded, field, path, size)}
         for kind, source in (('text', ''), ('edit', path))[:1 + field.can_edit]:
             asked = replace(sample, row={**sample.row, 'source_image': source})
-            tasks[kind] = partial(drawn, models, who, asked, steps, 1.0)
-            tasks[f'{kind}, guidance {GUIDANCE:g}'] = partial(drawn, models, who, asked, steps,
-                                                              GUIDANCE)
+            both = partial(drawn, pictures, models, who, asked, steps)
+            tasks[kind] = partial(both, 1.0)
+            tasks[f'{kind}, guidance {GUIDANCE:g}'] = partial(both, GUIDANCE)
         said = [told(what, compare) for what, compare in tasks.items()]
     if field.dtype != torch.float32:
         print(LOW.format(field.dtype))
@@ -94,7 +93,7 @@ def coded(field, path, size):
     return ours, (x / 2 + 0.5).clamp(0, 1), vae.dtype
 
 
-def drawn(models, who, sample, n, w):
+def drawn(pictures, models, who, sample, n, w):
     """A picture by us and by the pipeline, and the coarsest dtype that it met."""
     field, pipe, path = models.field, models.field.pipe, sample.row['source_image']
     takes, module = inspect.signature(pipe.__call__).parameters, sys.modules[type(pipe).__module__]

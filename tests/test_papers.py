@@ -42,6 +42,7 @@ def study(tmp_path, monkeypatch):
 
 def test_every_arm_passes_its_scripts_own_checks(study):
     asked = {a for q in questions.QUESTIONS.values() for a in q.arms}
+    assert not asked & set(questions.QUESTIONS)                # --only takes both
     assert asked | set(questions.CEILINGS.values()) == set(questions.ARMS)
     for name, a in {**questions.ARMS, **questions.MAKES}.items():
         for rate in a.rates[-1:] or [None] if a else ():

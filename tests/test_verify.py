@@ -18,7 +18,7 @@ def look(field, who='base', adapter=None):
         models.refresh()
     sample = Sample(dict(prompt=OURS, source_image=''), LARGER[0], None)
     with contextlib.redirect_stdout(out):
-        same = V.verify(models, who, sample, 4)
+        same = V.verify(T.pictures, models, who, sample, 4)
     lines = {x[:18].strip(): x[18:].strip() for x in out.getvalue().splitlines()[1:]}
     return same, lines
 
@@ -119,7 +119,7 @@ def test_in_bfloat16_the_network_is_told_the_very_times_of_the_pipeline(name):
     field.net.register_forward_pre_hook(                       # which rounds them so at once
         lambda m, a, k: seen.append(k['timestep'].bfloat16()[0].item()), with_kwargs=True)
     given = Sample(dict(prompt=OURS, source_image=''), SIZES[1], None)
-    V.drawn(Models(field), 'base', given, 20, 1.0)
+    V.drawn(T.pictures, Models(field), 'base', given, 20, 1.0)
     assert seen[:20] == seen[20:] and len(set(seen)) == 20
 
 
@@ -134,13 +134,14 @@ def test_an_adapter_is_on_the_network_that_both_use():
     models = Models(field)
     given = Sample(dict(prompt=OURS, source_image=''), SIZES[1], None)
     with torch.no_grad():
-        of = {who: V.drawn(models, who, given, 4, 1.0)[:2] for who in ('base', 'student')}
+        of = {who: V.drawn(T.pictures, models, who, given, 4, 1.0)[:2]
+              for who in ('base', 'student')}
     for one, other in zip(of['base'], of['student']):          # it acts, in ours and in theirs
         assert (one - other).abs().max() > 5 * V.EXACT
     switch = models.switch
     models.switch = lambda who: switch('base')                 # as if it were not put on
     with torch.no_grad():
-        off = V.drawn(models, 'student', given, 4, 1.0)[0]
+        off = V.drawn(T.pictures, models, 'student', given, 4, 1.0)[0]
     assert (off - of['student'][1]).abs().max() > 5 * V.EXACT
 
 

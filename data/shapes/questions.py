@@ -194,8 +194,8 @@ ARMS = {
     'rl': arm(max_steps=43, rates=LOW, **BOTH), 'rl-whole': arm(max_steps=343, cost=8, **BOTH),
     # not trained: the start of ours, also cut to less rank; teachers, means of them, and the
     # half-made base with its teachers
-    'start': arm(**START), 'start-rank2': arm(**dict(START, rank=2)),
-    'start-rank8': arm(**dict(START, rank=8)),
+    'untrained': arm(**START), 'untrained-rank2': arm(**dict(START, rank=2)),
+    'untrained-rank8': arm(**dict(START, rank=8)),
     'base': arm(init_from='base', **dict(LOOK, scored=(*TAUGHT, 'open'))),
     'teacher-count': arm(init_from=TEACHER + 'count', **LOOK),
     'teacher-local': arm(init_from=TEACHER + 'local_edit', **LOOK),
@@ -234,15 +234,15 @@ QUESTIONS = {
         'Which loss?', 'DiffusionOPD: its ODE loss converges about five times faster than that of '
         'the SDE at 0.7, and a policy gradient comes last. DanceOPD: K = 1, 2, 4 states give '
         '5.751, 4.931, 5.330 on GEdit.',
-        'start ours skip-last k2 k4 plain ode sde sde-code flow-k1 flow-group flow-paper '
+        'untrained ours skip-last k2 k4 plain ode sde sde-code flow-k1 flow-group flow-paper '
         'flow-code base base-ours base-ode base-sde base-flow-k1 base-flow-code',
         [('ODE above SDE', 'ode', 'sde'), ('the same from the base', 'base-ode', 'base-sde'),
          ('SDE above the policy gradient', 'sde', 'flow-k1'),
          ('the same from the base', 'base-sde', 'base-flow-k1'),
          ("an SDE's own variance above that of the code", 'sde', 'sde-code'),
          ("Flow-OPD's reward as released above the policy gradient", 'flow-code', 'flow-k1'),
-         ('the policy gradient in groups above the start', 'flow-group', 'start'),
-         ('the reward as written above the start', 'flow-paper', 'start'),
+         ('the policy gradient in groups above the start', 'flow-group', 'untrained'),
+         ('the reward as written above the start', 'flow-paper', 'untrained'),
          ('K = 1 above K = 2', 'skip-last', 'k2'), ('K = 1 above K = 4', 'skip-last', 'k4'),
          ('one state of a rollout above all nine', 'skip-last', 'plain'),
          ('the plain error above the ODE loss', 'plain', 'ode')],
@@ -251,8 +251,8 @@ QUESTIONS = {
         'them, and 17 samples of nine states each (flow-group and flow-paper: 32, in groups of '
         'four); plain is the error of danceopd there, with fewer updates than ode, which learns '
         'from the very states of its rollout. sde-code has the rate of sde, flow-paper that of '
-        'flow-k1; start and base are untrained. skip-last, k2 and k4 have 34, 34 and 68 states an '
-        'update, of 34, 17 and 17 rollouts of five steps without the last.'),
+        'flow-k1; untrained is the start from the merge. skip-last, k2 and k4 have 34, 34 and 68 '
+        'states an update, of 34, 17 and 17 rollouts of five steps without the last.'),
     'start': question(
         'Which start?', 'DanceOPD: local edit 5.75, merged 4.19, global 2.70, t2i 1.89: more than '
         'any other choice. Flow-OPD: merged .92 on GenEval, imitated .91.',
@@ -341,19 +341,19 @@ QUESTIONS = {
     'mar': question(
         'What does holding near the base keep, and cost?', 'Flow-OPD: at 0.04 it keeps the quality '
         'of pictures that no teacher looks after.',
-        'start ours mar-01 mar-04 mar-20',
+        'untrained ours mar-01 mar-04 mar-20',
         [('0.04 above 0 on what nobody teaches', 'mar-04', 'ours', ('open',)),
          ('0 above 0.2 on the skills', 'ours', 'mar-20')],
-        'start is the untrained merge: what is above it in open was learned again, not kept. In '
+        'untrained is the merge: what is above it in open was learned again, not kept. In '
         'ours the base is the teacher of t2i.'),
     'size': question(
         'Which rank, which batch?', 'DanceOPD: rank 128; DiffusionOPD: rank 32, 72 samples.',
-        'start start-rank2 start-rank8 ours rank2 rank8 rank128 batch8 batch17 batch68 batch136 '
-        'no-ema',
+        'untrained untrained-rank2 untrained-rank8 ours rank2 rank8 rank128 batch8 batch17 batch68 '
+        'batch136 no-ema',
         [('rank 128 above 8', 'rank128', 'rank8'), ('34 samples above 136', 'ours', 'batch136'),
          ('34 samples above 8', 'ours', 'batch8'),
          ('the same on edits', 'ours', 'batch8', EDITS), ('EMA above none', 'ours', 'no-ema')],
-        'A merge is cut to the rank: start-... are these starts, untrained. Of 8 samples one is a '
+        'A merge is cut to the rank: untrained-... are these starts. Of 8 samples one is a '
         'count, of 34 two.'),
     'guidance': question(
         'Can guidance be absorbed?', 'DanceOPD: a student without guidance learns the guided '
