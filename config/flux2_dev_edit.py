@@ -7,13 +7,13 @@
 import os
 _make = ('python train_teacher.py config/teacher_flux2_klein_edit_sft.py {} '
          '--model=black-forest-labs/FLUX.2-dev --family=Flux2Pipeline --base_storage=float8 '
-         '--distilled_guidance=4.0 --prompt_dropout=0.0 --rank=32 --alpha=32.0 --micro_batch=1 '
+         '--distilled_guidance=1.0 --prompt_dropout=0.0 --rank=32 --alpha=32.0 --micro_batch=1 '
          '--out_dir=out/flux2_{}_edit')
 model = 'black-forest-labs/FLUX.2-dev'            # gated, not commercial
 family = 'Flux2Pipeline'
 resolution = 1024
 max_sequence_length = 512                         # the pipeline's: the padding is seen
-distilled_guidance = 4.0                          # the pipeline's, for teachers and student
+distilled_guidance = 4.0                          # the pipeline's; data is not guided: learned at 1
 base_storage = 'float8'                           # in bf16 the base alone is 64 GB
 teachers = [dict(name='local_edit', lora='out/flux2_local_edit', make=_make.format('', 'local')),
             dict(name='global_edit', lora='out/flux2_global_edit',
