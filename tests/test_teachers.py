@@ -81,7 +81,8 @@ def test_buffered():
 
 def test_rounding_is_no_difference_of_a_pair():
     """All rewards equal: the returns that are interpolated from them differ by rounding alone."""
-    x0 = torch.randn(7, 16, 4, 3, 3, generator=T.torch_rng('x'))
+    whole, each = (torch.randn(n, 16, 4, 3, 3, generator=T.torch_rng(n)) for n in (1, 7))
+    x0 = whole + 0.5 * each                                    # on the way to one picture
     asked = [torch.full((16,), i) for i in (0, 3, 6)]
     R = train_teacher.returns(train_teacher.interpolate(x0, asked, torch.full((3, 16), 0.8)), 0.99)
     one, two = R[:, 0::2], R[:, 1::2]
@@ -127,7 +128,7 @@ def test_prompts_are_dropped_as_often_as_asked(share):
     c = SimpleNamespace(seed=0, prompt_dropout=share, sigmas='uniform', micro_batch=64)
     samples = [T.Sample(row, (24, 24), T.torch_rng(i), number=i) for i in range(192)]
     with torch.no_grad():
-        batches = [t.batch for t in train_teacher.flow_matching(samples, models, c)]
+        batches = [t.batch for u in train_teacher.sft(samples, models, c) for t in u]
     dropped = sum(s.cond is s.empty for b in batches for s in b)
     assert dropped / 192 == pytest.approx(share, abs=0.08 * (0 < share < 1))
     words = models.field.encode('', True)['text']
