@@ -25,7 +25,7 @@ import train_opd
 from configurator import collect
 from support import checks, rewards
 from support.files import judged, load_images, shown
-from support.judges import FLAT, Judges, group_advantage
+from support.judges import Judges, flat, group_advantage
 from support.processes import gather, launch, rng, torch_rng
 from support.run import Folder
 from train_opd import (FAMILIES, Method, Models, Sample, Term, action, at_step, col, gaussian,
@@ -155,11 +155,6 @@ def returns(r, gamma):
     for t in reversed(range(len(r) - 1)):
         R[t] += gamma * R[t + 1]
     return R
-
-
-def apart(one, two):
-    """Where do two returns differ by more than float32's rounding?"""
-    return (one - two).abs() > FLAT * one.abs().maximum(two.abs())
 
 
 def sdpo_loss(logp, logp_old, advantage, weight, clip_range):
@@ -303,7 +298,7 @@ def sdpo(samples, models, c):
     for t in pairs:
         a = torch.tensor([advantages[s.number] for s in t.batch], device=t.z.device).T
         t.advantage = a.clamp(-c.adv_clip, c.adv_clip)         # (steps, B)
-        alive = apart(t.returns[..., 0::2], t.returns[..., 1::2]).any(0).any(0)
+        alive = ~flat(t.returns.unflatten(2, (-1, 2)), 3).all(0).all(0)        # of pairs
         judges.note_groups(t.batch, alive, 2)
         t.order = torch.tensor([rng(c.seed, s.step, s.group, 'order').sample(range(n), n)
                                 for s in t.batch]).T

@@ -9,8 +9,8 @@ from support.files import open_image
 
 
 def tell_pictures(encoder, args, inputs):
-    """Which tokens are of the picture. transformers 5 asks for it, and the pipelines do not say: the
-    picture's tokens would have places in a line, unlike those that the model was trained with."""
+    """Which tokens are of the picture. transformers 5 asks for it, and the pipelines do not say:
+    its tokens would have places in a line, unlike those that the model was trained with."""
     if inputs.get('image_grid_thw') is not None and inputs.get('mm_token_type_ids') is None:
         pictures = inputs['input_ids'] == encoder.config.image_token_id
         inputs['mm_token_type_ids'] = pictures.int()

@@ -16,13 +16,17 @@ from support.processes import gather
 FLAT = 1e-6                             # of the largest: what float32 does not tell from equal
 
 
+def flat(x, dim):
+    """Where are numbers equal along a dimension, by float32's measure?"""
+    return x.amax(dim) - x.amin(dim) <= FLAT * x.abs().amax(dim)
+
+
 def group_advantage(rewards, group, std=None):
     """(r - mean) / std within each group of `group` in a row, or with one std for all of a batch.
     Groups without spread, by float32's measure, get zeros."""
     r = rewards.view(-1, group)
-    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= FLAT * r.abs().amax(1, keepdim=True)
     std = r.std(1, keepdim=True) if std is None else std
-    return ((r - r.mean(1, keepdim=True)) / std).masked_fill(flat, 0).view(-1)
+    return ((r - r.mean(1, keepdim=True)) / std).masked_fill(flat(r, 1)[:, None], 0).view(-1)
 
 
 def buffered(x, past, batch):
@@ -30,8 +34,7 @@ def buffered(x, past, batch):
     or, while these are fewer than 16, of the whole batch's of its step. Where these are all equal,
     by float32's measure, 0."""
     known = torch.tensor(list(past) if len(past) >= 16 else batch)
-    flat = known.max() - known.min() <= FLAT * known.abs().max()
-    return 0.0 if flat else ((x - known.mean()) / (known.std() + 1e-6)).item()
+    return 0.0 if flat(known, 0) else ((x - known.mean()) / (known.std() + 1e-6)).item()
 
 
 def scorer(score, world):

@@ -3,7 +3,6 @@ What lies on the disk for sample.py: a checkpoint and the run that made it, that
 pictures from before.
 """
 import itertools, json, re
-from pathlib import Path
 
 import merge_lora
 from configurator import BadInput, need
@@ -15,9 +14,7 @@ def locate(c):
     """(path of the adapter or '', settings of the run that made it or {})."""
     if not c.ckpt:
         return '', {}
-    folder = Path(c.ckpt).expanduser()
-    folder = folder / 'latest' if (folder / 'latest').exists() else folder
-    path = merge_lora.find(folder if folder.exists() else c.ckpt)
+    path = merge_lora.find(c.ckpt)
     run = path.parent.parent                                   # if it is that of a run's start
     for meta in (path.parent / 'meta.json', run / 'meta.json', run / 'latest' / 'meta.json'):
         if meta.is_file():

@@ -25,6 +25,13 @@ class Log:
         self.at, self.bad_at = '', ''                          # where the last loss was, a bad one
         self.t0 = time.time()
 
+    def resume(self, step, notes):
+        """Goes on from a step, with what had been noted there by all processes."""
+        self.notes = [] if self.world.rank else notes
+        self.history = [e for e in read_log(self.path) if e['step'] <= step]
+        if step and not self.history:
+            self.say(f'{self.path} has no entries: the log begins anew at step {step}')
+
     def say(self, text):
         if self.world.rank == 0:
             tqdm.write(text)                                   # above the bar, if there is one

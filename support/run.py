@@ -15,7 +15,7 @@ from support.checks import STARTS
 from support.disk import place, write_text, writing
 from support.files import RewardError, draw_pairs, grid, one_line
 from support.judges import scorer
-from support.log import Log, read_log
+from support.log import Log
 from support.plot import curve
 from support.processes import gather
 from support.rehearsal import derived
@@ -53,12 +53,7 @@ class Folder:
         old = read_meta(self.resumed / 'meta.json')
         self.meta['settings']['init_from'] = old['settings']['init_from']
         self.first, self.state = old['step'], old['state']
-        if self.world.rank == 0:                               # the others' are in it
-            self.log.notes = old['notes']
-        log = self.log
-        log.history = [e for e in read_log(log.path) if e['step'] <= self.first]
-        if self.first and not log.history:
-            log.say(f'{log.path} has no entries: the log begins anew at step {self.first}')
+        self.log.resume(self.first, old['notes'])
 
     def begin(self, models, data, held, render=None):
         """Before the first step: what it starts from, and edit pairs to be looked at, as files; and

@@ -12,6 +12,7 @@ import torch
 import kit
 import kit_cases
 from support import run as R
+from support.log import read_log
 
 STEPS = 8
 OPERATIONS = [(os, k) for k in 'rename replace fsync unlink mkdir symlink rmdir'.split()]
@@ -83,7 +84,7 @@ def whole(out):
     for step in R.checkpoints(out):
         torch.load(step / 'train_state.pt', weights_only=True)
         R.read_meta(step / 'meta.json')
-    R.read_log(out / 'log.jsonl')
+    read_log(out / 'log.jsonl')
 
 
 def ended(argv, at):
@@ -181,7 +182,7 @@ def gone(pids, seconds):
 
 
 def steps_of(out):
-    return [(e['step'], 'lr' in e) for e in R.read_log(out / 'log.jsonl')]
+    return [(e['step'], 'lr' in e) for e in read_log(out / 'log.jsonl')]
 
 
 def under_torchrun(world, work, n, random_, say):

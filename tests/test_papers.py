@@ -93,7 +93,7 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
     assert papers.done(r, study, report.load(study.results))
     assert told['differs']['routes_per_step'] == 'sample'
     folder = runs.folder_of(r, study)
-    assert runs.scores(r, study, s, folder, on_trial=True) == told['points'][-1:]
+    assert runs.scores(r, study, s, folder, end_only=True) == told['points'][-1:]
     for gone in (runs.result_of(r, study), folder / 'score_000002.json', folder / 'done'):
         gone.unlink()
     shutil.rmtree(folder / 'step_000002')                      # killed in its second step

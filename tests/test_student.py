@@ -196,7 +196,8 @@ def test_what_a_start_loses_by_its_rank_is_said(rank, warned, world, tmp_path, c
 # -------------------- the rate, compiled blocks
 def test_the_rate_follows_the_settings():
     c = SimpleNamespace(lr=2.0, warmup=10, max_steps=100, lr_schedule='constant')
-    assert [train_opd.learning_rate(k, c) for k in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
+    rates = [train_opd.learning_rate(k, c) for k in (0, 4, 9, 50, 99)]
+    assert rates == pytest.approx([0.2, 1, 2, 2, 2])
     c.lr_schedule = 'cosine'
     assert train_opd.learning_rate(50, c) == pytest.approx(1.0)
     assert train_opd.learning_rate(99, c) == pytest.approx(0.04)       # it falls to 2 %

@@ -85,9 +85,9 @@ def test_rounding_is_no_difference_of_a_pair():
     x0 = whole + 0.5 * each                                    # on the way to one picture
     asked = [torch.full((16,), i) for i in (0, 3, 6)]
     R = train_teacher.returns(train_teacher.interpolate(x0, asked, torch.full((3, 16), 0.8)), 0.99)
-    one, two = R[:, 0::2], R[:, 1::2]
-    assert (one != two).any() and not train_teacher.apart(one, two).any()
-    assert train_teacher.apart(one, two + 1e-4).all()
+    pairs = R.unflatten(1, (-1, 2))
+    assert (pairs[..., 0] != pairs[..., 1]).any() and not (~train_teacher.flat(pairs, 2)).any()
+    assert (~train_teacher.flat(pairs + torch.tensor([0, 1e-4]), 2)).all()
 
 
 @pytest.mark.parametrize('method', ['grpo', 'sdpo'])

@@ -102,7 +102,7 @@ def minutes_of(r, c, found):
     """What a run will take on one thread, by what was measured."""
     if r.name in ('make-own', 'make-half'):
         return 5.0
-    one = arm_of(r).script == 'look' or reports.on_trial(r.name, r.seed, found)
+    one = arm_of(r).script == 'look' or reports.end_only(r.name, r.seed, found)
     points = 0 if r.name in MAKES else 1 if one else POINTS
     pictures = points * c.rows * len(arm_of(r).scored)
     return (BEGIN + cost_of(r, c) * UNIT + pictures * PICTURE) / 60

@@ -95,7 +95,7 @@ def best_rate(name, found):
     return max(names, key=lambda k: worst if ends[k] is None else ends[k])
 
 
-def on_trial(run, seed, found):
+def end_only(run, seed, found):
     """Is its end enough? So of a run that is there to choose the best of several rates, and of
     pilots."""
     name, _, rate = run.partition('@')
@@ -106,7 +106,7 @@ def on_trial(run, seed, found):
 def half_scored(run, seed, found):
     """Was it on trial, and is it now the best?"""
     steps, points = found[run, seed]['steps'], found[run, seed]['points']
-    return '@' in run and not on_trial(run, seed, found) and len(points) == 1 and steps > 1
+    return '@' in run and not end_only(run, seed, found) and len(points) == 1 and steps > 1
 
 
 def runs_of(name, found):

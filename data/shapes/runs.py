@@ -134,11 +134,11 @@ def make(r, c, found):
             prepare.train_base(half, folder / '.base')
             os.rename(folder / '.base', folder / 'base')
     else:
-        train_and_score(r, c, folder, reports.on_trial(r.name, r.seed, found))
+        train_and_score(r, c, folder, reports.end_only(r.name, r.seed, found))
     write_text(folder / 'done', '')
 
 
-def train_and_score(r, c, folder, on_trial):
+def train_and_score(r, c, folder, end_only):
     script, words, s, data = checked(r, c)
     steps, failed = 0, ''
     try:
@@ -151,7 +151,7 @@ def train_and_score(r, c, folder, on_trial):
         failed = str(e)
     if r.name in MAKES:
         return
-    points = [] if failed else scores(r, c, s, folder, on_trial)
+    points = [] if failed else scores(r, c, s, folder, end_only)
     log = read_log(folder)
     numbers = dict(arm=arm_name(r.name), seed=r.seed, lr=s.lr, steps=steps, rows=c.rows,
                    differs=arm_of(r).settings, cost=cost_until(math.inf, r, c, log),
@@ -189,8 +189,8 @@ def train(script, words, last, folder):
         write_text(folder / 'seconds', str(time.process_time() - t0))
 
 
-def scores(r, c, s, folder, on_trial):
-    """Gap and score of a run's checkpoints, of its last if its rate is on trial, or of a start:
+def scores(r, c, s, folder, end_only):
+    """Gap and score of a run's checkpoints, of its last if that is enough, or of a start:
     [dict(step, cost, right, gap)]."""
     arm, copied = arm_of(r), 'model dtype base_storage rank alpha lora_targets ema_decay'
     kept = ROLLOUT | {k: getattr(s, k) for k in copied.split()} | dict(
@@ -207,7 +207,7 @@ def scores(r, c, s, folder, on_trial):
     data = checks.check(e, train_opd.SETTINGS[0], FAMILIES, train_opd.CHOICES)
     held = {k: rows_of(SCORED[k][0])[:c.rows] for k in arm.scored}
     at = {x['step'] for x in read_log(folder) if 'cost' in x}  # what a stop has saved is no point
-    saved = [p for p in checkpoints(folder) if int(p.name[5:]) in at][-1 if on_trial else 0:]
+    saved = [p for p in checkpoints(folder) if int(p.name[5:]) in at][-1 if end_only else 0:]
     models = Models.open(FAMILIES, e, torch.device('cpu'), data, held, e.teachers,
                          saved[-1] if saved else None)
     found = [scored(p, models, e, held, folder) for p in saved or [None]]
