@@ -24,7 +24,7 @@ import torch
 import configurator
 from configurator import collect, configure, need
 from support import files, rewards
-from support.checks import CHOICES, check_choices, peek, pixels
+from support.checks import CHOICES, UNGUIDED, check_choices, peek, pixels
 from support.known import first_free, locate, read_buckets, read_weights
 from support.models import attach, check_samples
 from support.processes import launch, torch_rng
@@ -47,7 +47,7 @@ seed = 0
 steps = 0                           # Euler steps; without a run 28, with --verify 4
 guidance: float | None = None       # classifier-free, 1.0 is none; without a run 1.0
 distilled_guidance: float | None = None  # FLUX's embedded one; without a run 3.5
-max_sequence_length = 0             # text tokens; without a run 256
+max_sequence_length = 0             # text tokens; without a run as many as its pipeline takes
 height = 0                          # pixels; without a run what the model's configs say, else 1024
 width = 0
 batch_size = 8                      # pictures a forward
@@ -73,7 +73,7 @@ def fill(c, run):
     known = (net.get('sample_size') or 0) * 2 ** (len(vae.get('block_out_channels', [0] * 4)) - 1)
     c.resolution = pixels(run.get('resolution') or known or 1024)
     c.steps = c.steps or (4 if c.verify else run.get('sample_steps', 28))
-    c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 256)
+    c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 0)
     told = dict(guidance=run.get('rollout_guidance', 1.0),
                 distilled_guidance=run.get('distilled_guidance', 3.5),
                 base_storage=run.get('base_storage', '') * same)
@@ -91,6 +91,7 @@ def check(c):
         rewards.check(c.score)
     path, run = locate(c)
     found, rows = fill(c, run), []
+    need(c.guidance > 0, f'guidance must be more than 0, not {c.guidance}{UNGUIDED}')
     sizes = {r['data']: pixels(r['size']) for r in run.get('routes', ()) if 'size' in r}
     for bucket, some in read_buckets(c, run).items():
         h, w = sizes.get(bucket, c.resolution)
@@ -139,8 +140,7 @@ def draw(c, models, who, rows):
                 said = files.ask(f'score {c.score}', judge, drawn, [s.row for s in batch])
         except files.RewardError as e:
             failed = e
-        for s in batch:
-            s.cond = s.empty = None                            # makes room on the device
+        models.prompts.release(batch)
         yield from zip(batch, drawn, said)
     if failed:
         raise files.RewardError(f'{failed}. All pictures are in {c.out_dir}') from failed

@@ -45,7 +45,7 @@ dtype = 'auto'                      # of the base: auto = bfloat16 on a GPU, flo
 base_storage = ''                   # 'float8': the frozen base in 8 bits; it computes in dtype
 device = ''                         # '': cuda if there is one, else cpu; or by name, as 'mps'
 resolution: int | list = 24         # pixels, or [height, width]; a route may have its own
-max_sequence_length = 256           # text tokens, at most what the tokenizer allows
+max_sequence_length = 0             # text tokens; 0: as many as the family's pipeline takes
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5)
 cache_gb = 4.0                      # of prompts' embeddings that are kept in memory
 # teachers: a lora, or a checkpoint of full weights, or neither: the base. guidance: 1.0 is none;
@@ -84,6 +84,7 @@ states = 'student'                  # danceopd: whose rollout's; 'teacher', 'dat
 method = 'danceopd'                 # one of METHODS below
 queries = 1                         # danceopd: states of a rollout that are learned from
 query = 'stratified'                # danceopd: one of QUERIES below (DanceOPD 'low_noise')
+query_in = 'steps'                  # where the rule's place is looked up: one of PLACES below
 kl_var = 'true'                     # 'code': an SDE's std^2 without the step's length, as released
 drop_last = 1                       # last steps that are not learned from (DiffusionOPD's code: 1)
 reward = 'k1'                       # flowopd: one of REWARDS below
@@ -176,7 +177,7 @@ def kl_weight(sigma, sigma_next, eta=0.0, sde='flow', var='true'):
     c, std = transition(0 * sigma, torch.ones_like(sigma), sigma, sigma_next, eta, sde)
     if eta == 0:
         return c ** 2 / 2
-    return c ** 2 / (2 * std ** 2) * (sigma - sigma_next if var == 'code' else 1)
+    return c ** 2 / (2 * std ** 2) * dict(true=1, code=sigma - sigma_next)[var]
 
 
 def velocity_error(v, v_target):
@@ -187,8 +188,8 @@ def relative_gap(v, v_target):
     return (v - v_target).flatten(1).norm(dim=1) / v_target.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 
-def col(sigma):
-    return sigma.view(-1, 1, 1, 1)
+def col(sigma, z):
+    return sigma.view(-1, *[1] * (z.dim() - 1))                        # one number a sample
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class Field:
     targets = ()                        # layers that a LoRA is put on
     blocks = ()                         # classes of modules that are compiled one by one
     editors = ()                        # pipelines of it that edit a source picture
-    takes_sigmas = True                 # set_timesteps takes them; else a number of steps
+    takes_sigmas, words = True, 512     # set_timesteps takes them, else a number; text tokens
     sees_source = False                 # its text encoder looks at an edit's source, and needs one
 
     @classmethod
@@ -218,10 +219,10 @@ class Field:
         """(height, width) in pixels beyond which it has no positions."""
         return math.inf, math.inf
 
-    def __init__(self, pipe, device='cpu', max_sequence_length=256, distilled_guidance=3.5):
+    def __init__(self, pipe, device='cpu', max_sequence_length=0, distilled_guidance=3.5):
         self.pipe, self.device, self.net = pipe, torch.device(device), getattr(pipe, self.prefix)
-        self.max_length, self.distilled_guidance = max_sequence_length, distilled_guidance
-        self.vae, self.dtype = pipe.vae, self.net.dtype
+        self.max_length = max_sequence_length or self.words
+        self.vae, self.dtype, self.distilled_guidance = pipe.vae, self.net.dtype, distilled_guidance
         self.configs = {'vae': self.vae.config, self.prefix: self.net.config}
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.can_edit = type(pipe).__name__ in self.editors
@@ -287,7 +288,7 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a
     diptych); a transformer with twice as many inputs as outputs gets it as channels instead."""
-    takes_sigmas, patch = False, 0  # diffusers shifts sigma_min twice: of any n the last is .009
+    takes_sigmas, patch, words = False, 0, 256     # sigma_min is shifted twice: the last is .009
     editors = ('StableDiffusion3Pipeline',)
     blocks = ('JointTransformerBlock',)
     targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',
@@ -301,8 +302,7 @@ class SD3(Field):
         return most, most / 2 if diptych else most
 
     def encode(self, prompt, source=''):
-        t5 = self.pipe.tokenizer_3
-        length = min(self.max_length, t5.model_max_length if t5 else 512)
+        length = min(self.max_length, getattr(self.pipe.tokenizer_3, 'model_max_length', 512))
         e, _, pooled, _ = self.pipe.encode_prompt(
             [prompt], None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=length)
@@ -372,7 +372,7 @@ class Models(Network):
     def target(self, batch, z, sigma):
         """The velocity that each sample's own teacher would have had there; if mixed softly, the
         mean of all teachers."""
-        soft = self.mixing == 'soft'
+        soft = dict(hard=False, soft=True)[self.mixing]
         v = torch.full_like(z, 0.0 if soft else math.nan)      # nobody's answer is none
         total = sum(t.get('weight', 1.0) for t in self.teachers.values())
         for name, t in self.teachers.items():
@@ -416,9 +416,8 @@ def routes_of(step, c):
     if c.routes_per_step == 'all':
         counts = [r.get('samples', c.batch_size // len(c.routes)) for r in c.routes]
         return [i for i, k in enumerate(counts) for _ in range(k // c.group_size)]
-    if c.routes_per_step == 'sample':
-        return [rng(c.seed, step, g, 'route').choices(routes, weights)[0] for g in groups]
-    return rng(c.seed, step, 'route').choices(routes, weights) * len(groups)
+    keys = {'sample': [(g,) for g in groups], 1: [()] * len(groups)}[c.routes_per_step]
+    return [rng(c.seed, step, *k, 'route').choices(routes, weights)[0] for k in keys]
 
 
 def plan(step, c, buckets, world, same_noise=False, updates=None):
@@ -445,9 +444,9 @@ def plan(step, c, buckets, world, same_noise=False, updates=None):
     return samples
 
 
-def draw_queries(s, c):
+def draw_queries(s, c, sigmas):
     """K distinct step numbers of a sample's rollout, by QUERIES; what is taken is drawn again."""
-    n, rule, taken = c.steps - c.drop_last, QUERIES[c.query], []
+    n, rule, place, taken = c.steps - c.drop_last, QUERIES[c.query], PLACES[c.query_in], []
     if c.queries == n:                                         # the only choice
         return list(range(n))
     key = c.seed, s.step, s.number, 'query'        # two streams: the rule's, the place in a stratum
@@ -455,22 +454,25 @@ def draw_queries(s, c):
     for k in range(c.queries):
         even = (k + (s.slot + inside) / s.of) / c.queries
         for _ in range(10 ** 6):                               # Beta's tails are thin
-            i = min(int(rule(r, even) * n), n - 1)
+            u = rule(r, even)
+            i = place(u, sigmas[:n], taken)
             if i not in taken:
                 break
-        need(i >= 0 and i not in taken, f'query = {c.query!r} has no {c.queries} distinct steps')
+        need(0 <= u <= 1 and i not in taken, f'query = {c.query!r} has no {c.queries} distinct '
+             'steps')
         taken.append(i)
     return sorted(taken)
 
 
-def beta(a, b):
-    return lambda r, even: r.betavariate(a, b)
-
-
-# Where in a rollout a state is learned from: 0 is its first step, all noise, 1 after its last.
-# `even` spreads the queries of a route's samples, and those of one sample, evenly
-QUERIES = dict(stratified=lambda r, even: even, uniform=lambda r, even: r.random(),
-               low_noise=beta(5, 2), mid_noise=beta(5, 5), high_noise=beta(2, 5))
+# Where in a rollout a state is learned from: u = 0 is its first step, all noise, 1 after its last.
+# `even` spreads evenly the queries of a route's samples, and of a sample. PLACES: which step is u?
+QUERIES = dict(
+    stratified=lambda r, even: even, uniform=lambda r, even: r.random(),
+    low_noise=lambda r, even: r.betavariate(5, 2), mid_noise=lambda r, even: r.betavariate(5, 5),
+    high_noise=lambda r, even: r.betavariate(2, 5))
+PLACES = dict(steps=lambda u, sigmas, taken: min(int(u * len(sigmas)), len(sigmas) - 1),
+              sigma=lambda u, sigmas, taken: min({*range(len(sigmas))} - {*taken},     # nearest
+                                                 key=lambda i: abs(sigmas[i] - (1 - u))))
 
 
 def micro_batches(samples, models, c, whole=1):
@@ -529,8 +531,7 @@ def rollout_states(batch, models, c, velocity):
     z, sigmas, found = first_states(batch, models, c.steps), models.sigmas(batch, c.steps), []
     for i in range(c.steps):
         found += [(s, x, sigmas[i]) for s, x in zip(batch, z) if i in s.queries]
-        stay = [j for j, s in enumerate(batch) if s.queries[-1] > i]
-        if not stay:
+        if not (stay := [j for j, s in enumerate(batch) if s.queries[-1] > i]):
             break
         batch, z = [batch[j] for j in stay], z[stay]
         v = velocity(batch, z, sigmas[i].expand(len(z)))
@@ -569,6 +570,7 @@ def visits(samples, models, c, states='student'):
         for k in range(0, len(found), c.micro_batch):
             some, z, sigma = zip(*found[k:k + c.micro_batch])
             yield some, torch.stack(z), torch.stack(sigma)
+        models.prompts.release(batch)
 
 
 @torch.no_grad()
@@ -580,8 +582,7 @@ def trajectory(batch, models, c):
     t = SimpleNamespace(batch=batch, sigmas=sigmas, v=[], z=[first_states(batch, models, c.steps)])
     for sigma, sigma_next in zip(sigmas, sigmas[1:c.steps - c.drop_last + 1]):
         z = t.z[-1]
-        sigma_each = sigma.expand(len(z))
-        t.v.append(models.velocity('student', batch, z, sigma_each, c.rollout_guidance))
+        t.v.append(models.velocity('student', batch, z, sigma.expand(len(z)), c.rollout_guidance))
         t.z.append(advance(batch, z, t.v[-1], sigma, sigma_next, c.eta, c.sde))
     t.z, t.v = torch.stack(t.z), torch.stack(t.v)
     t.logp = torch.stack([log_prob(*action(t, i, c, v)) for i, v in enumerate(t.v)])
@@ -590,9 +591,8 @@ def trajectory(batch, models, c):
 
 def trajectories(samples, models, c):
     """[[trajectory of a micro-batch, ...] of each update]; all drawn before the first update."""
-    dealt = [[s for s in samples if s.update == u] for u in range(c.updates)]
-    return [[trajectory(batch, models, c) for batch in micro_batches(some, models, c)]
-            for some in dealt]
+    return [[trajectory(batch, models, c) for batch in micro_batches(
+        [s for s in samples if s.update == u], models, c)] for u in range(c.updates)]
 
 
 def at_step(t, i):
@@ -605,7 +605,7 @@ def at_step(t, i):
 def action(t, i, c, v):
     """What was drawn at step i of a trajectory, and the mean and std of it by the velocity v."""
     z, sigma, sigma_next, z_next = at_step(t, i)
-    return z_next, *transition(z, v, col(sigma), col(sigma_next), c.eta, c.sde)
+    return z_next, *transition(z, v, col(sigma, z), col(sigma_next, z), c.eta, c.sde)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def anchored(batch, models, c, z, sigma, v, weight, error=velocity_error):
 def danceopd(samples, models, c, error=velocity_error):
     """DanceOPD (2606.27377): the plain velocity error, at K states of the student's own rollout."""
     for s in samples:
-        s.queries = draw_queries(s, c)
+        s.queries = draw_queries(s, c, models.sigmas([s], c.steps).tolist())
 
     def terms():
         for batch, z, sigma in visits(samples, models, c, c.states):
@@ -675,8 +675,8 @@ def ppo_loss(logp, logp_old, advantage, clip_range):
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     off = (ratio.detach() - 1).abs()
-    numbers = dict(ratio_off=off, clipped=(off > clip_range).float())
-    return torch.maximum(-advantage * ratio, -advantage * clipped), numbers
+    return torch.maximum(-advantage * ratio, -advantage * clipped), dict(
+        ratio_off=off, clipped=(off > clip_range).float())
 
 
 # Flow-OPD's rewards of an action, given the step's means by teacher and student, and KL(s)
@@ -687,8 +687,7 @@ def log_ratio(drawn, mean_teacher, mean, std, kl):
 
 
 def minus_kl(drawn, mean_teacher, mean, std, kl):
-    """A function of the state alone: as E[A(s) grad log pi] = 0, without its own gradient it
-    teaches nothing."""
+    """Of the state alone: as E[A(s) grad log pi] = 0, only its own gradient would teach."""
     return -kl
 
 
@@ -749,7 +748,7 @@ def flowopd(samples, models, c):
 
 
 METHODS = dict(
-    danceopd=Method(danceopd, ('queries', 'query', 'states', 'drop_last')),
+    danceopd=Method(danceopd, ('queries', 'query', 'query_in', 'states', 'drop_last')),
     diffusionopd=Method(diffusionopd, ('drop_last', 'kl_var')),
     flowopd=Method(flowopd, ('drop_last', 'kl_var', 'reward', 'group_size', 'updates', 'clip_range',
                              'adv_clip')))
@@ -783,6 +782,7 @@ def render(who, route, rows, models, c, world, own=False):
     for batch in micro_batches(samples[world.rank::world.size], models, c):
         drawn = pictures(who, batch, models, c.sample_steps, w).cpu()
         done += [(s.number, x.clone()) for s, x in zip(batch, drawn)]      # of its own storage
+        models.prompts.release(batch)
     return torch.stack([x for _, x in sorted(gather(world, done), key=lambda pair: pair[0])])
 
 
@@ -808,15 +808,15 @@ def evaluate(step, held, draw, models, c, folder):
 # --------------------------------------------------------------------------------------------------
 # Training. All processes hold all models; each has a share of a step's samples.
 
-CHOICES = dict(method=METHODS, query=QUERIES, states=STATES, sde=SDES, reward=REWARDS,
-               mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'), **checks.CHOICES)
+CHOICES = dict(method=METHODS, query=QUERIES, query_in=PLACES, states=STATES, sde=SDES,
+               reward=REWARDS, mixing=('hard', 'soft'), routes_per_step=(1, 'all', 'sample'),
+               **checks.CHOICES)
 
 
 def learning_rate(step, c):
     """Warm-up, then constant or cosine. From the settings alone: a resume follows new ones."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / c.max_steps))
-    decay = max(cosine if c.lr_schedule == 'cosine' else 1.0, 0.02)
-    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * decay
+    decay = dict(constant=1.0, cosine=0.5 * (1 + math.cos(math.pi * step / c.max_steps)))
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * max(decay[c.lr_schedule], 0.02)
 
 
 def train(samples_of, method, models, look, c, folder):

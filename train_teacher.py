@@ -88,8 +88,8 @@ def check(c):
     choices = dict(checks.CHOICES, method=METHODS, sde=train_opd.SDES,
                    sigmas=('logit_normal', 'uniform'))
     checks.check_choices(c, choices)
-    checks.check_settings(c, SETTINGS[0], choices, (*checks.ABOVE_0, 'eta', 'timestep_fraction'),
-                          dealt=not in_pairs(c))
+    above = *checks.ABOVE_0, 'eta', 'timestep_fraction', 'guidance'
+    checks.check_settings(c, SETTINGS[0], choices, above, dealt=not in_pairs(c))
     trained, G, pairs = c.steps - c.drop_last, c.group_size, in_pairs(c)
     c.reward = [] if imitates(c) else c.reward                 # unread: no model is loaded for it
     checks.require([(getattr(c, k) <= 1, f'{k} = {getattr(c, k)}: at most 1')
@@ -186,7 +186,7 @@ def flow_matching(samples, models, c, dropout=0.0):
         with torch.no_grad():
             x0 = models.field.encode_image(load_images(batch, 'target_image'))
         sigma, eps = torch.stack(sigma), gaussian(batch, x0.shape[1:], 'noise', x0.device)
-        z = (1 - col(sigma)) * x0 + col(sigma) * eps
+        z = (1 - col(sigma, x0)) * x0 + col(sigma, x0) * eps
         loss = velocity_error(models.velocity('student', batch, z, sigma), eps - x0)
         yield Term(batch, loss, dict(loss=loss.detach(), sigma=sigma))
 

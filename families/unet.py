@@ -89,7 +89,7 @@ class UNet(Field):
         return torch.where((t - t.round()).abs() < 0.02, t.round(), t).float().to(self.device)
 
     def forward(self, z, sigma, cond):
-        b, extra = col(sigma), {}
+        b, extra = col(sigma, z), {}
         norm = (b ** 2 + (1 - b) ** 2).sqrt()
         a, b = (1 - b) / norm, b / norm
         x = z * (a + b)

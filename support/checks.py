@@ -20,8 +20,9 @@ from support.models import check_sizes, find_family
 CHOICES = dict(lr_schedule=('constant', 'cosine'), kl_var=('true', 'code'),
                base_storage=('', 'float8'),
                dtype=('auto', 'float32', 'bfloat16'))          # float16 has not the range
-ABOVE_0 = 'lr', 'alpha', 'clip_range', 'adv_clip'
+ABOVE_0 = 'lr', 'alpha', 'clip_range', 'adv_clip', 'rollout_guidance', 'student_guidance'
 FROM_0 = 'drop_last', 'warmup', 'score_samples', 'best_of'     # integers; others are at least 1
+UNGUIDED = '; without guidance it is 1.0'              # 0 would be without the words
 MOST = dict(lr=1.0, weight_decay=1.0, rank=4096)       # beyond which nothing is learned but a typo
 # what a run has that nobody set, where the demonstration's own would mean nothing: with another
 # model. (DanceOPD's rate; the shapes' would tear a real model apart)
@@ -80,7 +81,8 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
     check_choices(c, choices)
     for k, x in vars(c).items():
         if k in above:
-            need(is_number(x), f'{k} must be more than 0, not {x!r}')
+            need(is_number(x), f'{k} must be more than 0, not {x!r}' 
+                 + UNGUIDED * k.endswith('guidance'))
         elif type(x) in (int, float) and k != 'seed':
             own = defaults[k] if type(defaults[k]) in (int, float) else 1      # a default is legal
             least = min(int(type(x) is int and k not in FROM_0), own)
@@ -183,7 +185,7 @@ def check_teachers(c):
              'letters, digits and _, and none that torch uses as "half"'),
             (names.count(name) == 1, f'two teachers are called {name!r}; give each its own name'),
             (is_number(t.get('guidance', 1)), f'teacher {name!r}: guidance must be more than 0, '
-             f'not {t.get("guidance")!r}')])
+             f'not {t.get("guidance")!r}{UNGUIDED}')])
         need('weight' not in t or c.mixing == 'soft', f'teacher {name!r}: its weight is for mixing '
              "= 'soft'; how often it is asked says the weight of its route")
         check_weights(t, name)

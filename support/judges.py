@@ -79,7 +79,7 @@ class Judges:
             raise
 
     def submit(self, latents, rows, models):
-        return self.pool.submit(self.ask, models.field.decode(latents), rows)
+        return self.pool.submit(self.ask, models.field.decode(latents).cpu(), rows)
 
     def note(self, batch, values):
         total = sum(w * v for w, v in zip(self.weights.values(), values))

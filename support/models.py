@@ -54,10 +54,10 @@ def check_size(family, pipeline, configs, height, width, editing=False):
 
 
 def check_sizes(family, pipeline, configs, routes, data):
-    """The same of each route, which edits if its own bucket has sources."""
+    """The same of each route, which edits if its bucket has sources, or its held-out one."""
     for r in routes:
         own, held = data.buckets[r['data']], data.held[r['data']]
-        check_size(family, pipeline, configs, *r['size'], own.sources > 0)
+        check_size(family, pipeline, configs, *r['size'], own.sources + held.sources > 0)
         bare = [b.name for b in (own, held) if b.sources < len(b)]
         need(not bare or not family or not family.sees_source, f'{pipeline} reads no words without '
              f'a source picture: bucket {bare and bare[0]!r} has rows that have no source_image')
@@ -69,7 +69,7 @@ def check_samples(family, pipeline, configs, samples):
         check_size(family, pipeline, configs, *size, edits)
 
 
-def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=256,
+def open_field(families, path, dtype='float32', device='cpu', family='', max_sequence_length=0,
                distilled_guidance=3.5, base_storage=''):
     """A diffusers folder or hub id -> its field, whose network is still on the CPU."""
     import diffusers
@@ -249,6 +249,11 @@ class Prompts:
             path = s.row['source_image']
             source = self.field.encode_source(path, *s.size) if path else {}
             s.cond, s.empty = {**here[key], **source}, {**here[nothing], **source}
+
+    def release(self, batch):
+        """Makes room on the device, where nobody is asked any more."""
+        for s in batch:
+            s.cond = s.empty = None
 
 
 def nbytes(embedding):

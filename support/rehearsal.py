@@ -43,15 +43,21 @@ def rehearsed(c, plan, method, Models, steps=3):
     vars(models).update(
         field=Blank(), full={}, adapters=(), layers=(), schedules={}, mixing=c.mixing,
         offload=False, teachers={t['name']: t for t in c.teachers},
-        prompts=SimpleNamespace(condition=lambda batch: [setattr(s, 'cond', ()) for s in batch]))
-    seen = Seen(c)
+        prompts=SimpleNamespace(condition=lambda batch: [setattr(s, 'cond', ()) for s in batch],
+                                release=lambda batch: None))
+    seen, learned = Seen(c), 0
     for step in range(steps):
-        samples = plan(step, world=SimpleNamespace(rank=0, size=1))
+        samples, updates = plan(step, world=SimpleNamespace(rank=0, size=1)), 0
         for terms in method.updates(samples, models, seen):
+            updates += 1
             need(not hasattr(terms, 'loss'), f'method {c.method!r} yields a Term where a generator '
                  'of the terms of an update belongs')
             for term in terms:
                 check_term(term, c.method)
+                learned += len(term.batch)
+        need('updates' not in method.settings or updates == c.updates, f'updates = {c.updates}, '
+             f'but method {c.method!r} makes {updates} a step')
+    need(learned, f'method {c.method!r} yields no Term: nothing would be learned')
     check_read(seen.asked, c, method)
     return models.spent / steps
 
@@ -62,7 +68,7 @@ def check_read(asked, c, method):
     unread = sorted({*method.settings} - asked - {'group_size', 'updates'})
     need(not unread, f'METHODS: the entry of {c.method!r} declares {unread and unread[0]}, and '
          'does not read it')
-    for k, none in (('anchor', ''), ('student_guidance', 1.0)):
+    for k, none in (('anchor', ''), ('student_guidance', 1.0), ('eta', 0.0)):
         need(k in asked or getattr(c, k, none) == none, f'{k} is set, but method {c.method!r} does '
              'not read it' + ': its loss has no `anchored` in it' * (k == 'anchor'))
 
@@ -105,6 +111,9 @@ def print_plan(c, data, world, plan, methods, Models):
               f'weight {r.get("weight", 1)}, {"%d x %d" % r["size"]} pixels') for r in c.routes]
     if data.unused:
         rows.append(('not used', f'buckets that no route has: {", ".join(data.unused)}'))
+    asked = {r['teacher'] for r in c.routes} | {c.anchor, 'base'}
+    if unasked := [t['name'] for t in c.teachers if t['name'] not in asked and c.mixing == 'hard']:
+        rows.append(('not used', f'teachers that no route has: {", ".join(unasked)}'))
     for name, text in rows:
         print(f'{name:22s} {text}')
 

@@ -4,6 +4,7 @@ link `latest`. A checkpoint is renamed into place when it is whole, so that a ru
 any moment.
 """
 import errno, fcntl, hashlib, json, os, re, shutil, socket, time
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,9 +35,10 @@ class Folder:
         found = {t['name']: merge_lora.find(t['lora']) for t in teachers if t.get('lora')}
         if c.init_from not in STARTS:                          # is it there, on the hub as well?
             merge_lora.find(c.init_from)
+        told = cache(sha256) if world.rank == 0 else str       # one process writes it
         self.meta = dict(
             settings={k: v for k, v in vars(c).items() if k not in ('dry_run', 'device')},
-            teachers={k: dict(path=p, sha256=sha256(found.get(k, p))) for k, p in paths.items()})
+            teachers={k: dict(path=p, sha256=told(found.get(k, p))) for k, p in paths.items()})
         resume = c.init_from == 'resume'
         if world.rank == 0:                                    # one process looks after the folder
             self.lock = locked(self.out)

@@ -50,7 +50,7 @@ def test_the_weighted_error_is_the_kl_of_two_gaussians(kind, eta, sigma, sigma_n
     s, t = torch.full((4,), sigma), torch.full((4,), sigma_next)
 
     def step(x):
-        mean, std = T.transition(z, x, T.col(s), T.col(t), eta, kind)
+        mean, std = T.transition(z, x, T.col(s, z), T.col(t, z), eta, kind)
         return Normal(*torch.broadcast_tensors(mean, std))
     want = kl_divergence(step(v), step(v_t)).flatten(1).mean(1)
     for var, factor in (('true', 1), ('code', s - t)):

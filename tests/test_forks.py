@@ -9,8 +9,8 @@ READS = T.METHODS['danceopd'].settings
 def dance(loss=None, wrap=None, anchored=True, forget=None):
     """danceopd with something changed."""
     def updates(samples, models, c):
-        known = ('seed', 'queries', 'query', 'steps', 'drop_last', 'states', 'eta', 'sde',
-                 'micro_batch', 'rollout_guidance', 'student_guidance')
+        known = ('seed', 'queries', 'query', 'query_in', 'steps', 'drop_last', 'states', 'eta',
+                 'sde', 'micro_batch', 'rollout_guidance', 'student_guidance')
         own = {k: T.SETTINGS[0][k] if k == forget else getattr(c, k) for k in known}
         free = SimpleNamespace(anchor='' if forget is None else c.anchor, **own)
         for terms in T.danceopd(samples, models, c if anchored and not forget else free):
@@ -18,6 +18,15 @@ def dance(loss=None, wrap=None, anchored=True, forget=None):
             yield from changed if wrap == 'from' else [list(map(tuple, changed))] if wrap else [
                 changed]
     return T.Method(updates, READS)
+
+
+def nothing(samples, models, c):
+    yield []
+
+
+def one_update(samples, models, c):
+    c.updates, c.clip_range
+    yield from T.danceopd(samples, models, c)
 
 
 @pytest.mark.parametrize('entry, more, message', [
@@ -29,10 +38,13 @@ def dance(loss=None, wrap=None, anchored=True, forget=None):
     (T.danceopd, [], "the entry of 'own' is no Method"),
     (dance(forget='states'), [], "declares states, and does not read it"),
     (dance(forget='student_guidance'), ['--student_guidance=2.0'], 'student_guidance is set, but'),
+    (dance(forget='eta'), ['--eta=0.7'], 'eta is set, but'),
+    (T.Method(nothing, ()), [], 'yields no Term'),
+    (T.Method(one_update, (*READS, 'updates')), ['--updates=2'], 'makes 1 a step'),
     (T.Method(T.danceopd, (*READS, 'hubre')), [], 'declares settings that there are not: .*hubre'),
     (T.Method(T.danceopd, 'query'), [], "declares settings that there are not: .*'u'"),
-], ids=('scalar, unreduced, flat, tuples, no anchor, unread, unguided, bare, misspelled, '
-        'no comma').split(', '))
+], ids=('scalar, unreduced, flat, tuples, no anchor, unread, unguided, noiseless, none, updates, '
+        'bare, misspelled, no comma').split(', '))
 def test_half_a_method_is_refused(entry, more, message, monkeypatch, capsys):
     T.main(FEW)                                                # as it is, it is fine
     monkeypatch.setitem(T.METHODS, 'own', entry)
@@ -49,7 +61,9 @@ def test_an_attached_reward_is_minus_kl_or_refused(of_action, group, monkeypatch
 
 @pytest.mark.parametrize('rule, message', [
     (lambda r, even: -1.0, "query = 'own' has no 1 distinct steps"),
-    (lambda r, even: 0.0, "query = 'own' has no 2 distinct steps")], ids=['below 0', 'one only'])
+    (lambda r, even: -0.05, "query = 'own' has no 1 distinct steps"),
+    (lambda r, even: 3, "query = 'own' has no 1 distinct steps"),
+    (lambda r, even: 0.0, "query = 'own' has no 2 distinct steps")], ids=['below', 'below 0', 'beyond', 'one only'])
 def test_a_query_rule_that_cannot_be_is_refused(rule, message, monkeypatch):
     monkeypatch.setitem(T.QUERIES, 'own', rule)
     queries = int(re.search(r'\d', message)[0])
@@ -59,11 +73,11 @@ def test_a_query_rule_that_cannot_be_is_refused(rule, message, monkeypatch):
 
 def test_a_rules_draws_do_not_follow_from_its_place():
     """What it draws and where it stands are two things, also with one sample a route."""
-    c = SimpleNamespace(queries=1, query='own', steps=4, drop_last=0, seed=0)
+    c = SimpleNamespace(queries=1, query='own', query_in='steps', steps=4, drop_last=0, seed=0)
     samples = [T.Sample({}, (24, 24), None, number=i) for i in range(4000)]
     with pytest.MonkeyPatch.context() as m:
         m.setitem(T.QUERIES, 'own', lambda r, even: even if r.random() < 0.5 else 0.0)
-        drawn = [T.draw_queries(s, c)[0] for s in samples]
+        drawn = [T.draw_queries(s, c, [1.0] * 5)[0] for s in samples]
     assert [abs(drawn.count(i) / 4000 - p) < 0.03
             for i, p in enumerate((0.625, 0.125, 0.125, 0.125))] == [True] * 4
 

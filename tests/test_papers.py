@@ -205,7 +205,7 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     found |= {('plain@0.001', s): made_up(0.5 + s / 100, s, lr=0.001) for s in (1, 2)}
     found['k2', 0] = dict(made_up(0.7), points=[], failed='no finite gradient')
     said = papers.report_of(study, found)
-    assert 'one state of a rollout above all nine: **yes** (+30.0, +30.0, +30.0)' in said
+    assert 'one state of five steps above nine of ten: **yes** (+30.0, +30.0, +30.0)' in said
     assert '81.0 (80.0, 81.0, 82.0)' in said and '| k2 |  | failed' in said
     assert '- plain: 0.001: 50.0, 0.003: 50.0, 0.008: 50.0, 0.016: 50.0 (the best is at' in said
     assert '(papers/loss.png)' in said and '(papers/mar.png)' not in said     # of one arm alone

@@ -129,10 +129,18 @@ def test_a_batch_that_does_not_divide_says_what_would(world, tmp_path, monkeypat
 
 
 # -------------------- queries
-def drawn(rule, k=1, steps=16, n=3000, drop_last=0):
+def drawn(rule, k=1, steps=16, n=3000, drop_last=0, place='steps', sigmas=None):
     """[step numbers of a sample], many times; each sample is alone on its route."""
-    c = SimpleNamespace(queries=k, query=rule, steps=steps, drop_last=drop_last, seed=0)
-    return [T.draw_queries(SimpleNamespace(step=0, number=i, slot=0, of=1), c) for i in range(n)]
+    c = SimpleNamespace(queries=k, query=rule, query_in=place, steps=steps, drop_last=drop_last,
+                        seed=0)
+    sigmas = sigmas or shifted(1.0, steps)
+    return [T.draw_queries(SimpleNamespace(step=0, number=i, slot=0, of=1), c, sigmas)
+            for i in range(n)]
+
+
+def shifted(shift, n):
+    even = [1 - i / n for i in range(n + 1)]
+    return [shift * x / (1 + (shift - 1) * x) for x in even]
 
 
 def mean_of(rule):
@@ -158,6 +166,29 @@ def test_queries_are_distinct_and_in_their_order(rule):
 @pytest.mark.parametrize('rule', T.QUERIES)
 def test_all_steps_are_one_choice_and_not_waited_for(rule):
     assert drawn(rule, 50, 50, n=3) == [[*range(50)]] * 3
+
+
+@pytest.mark.parametrize('rule, mean', [('low_noise', 2 / 7), ('mid_noise', 0.5),
+                                        ('high_noise', 5 / 7), ('uniform', 0.5),
+                                        ('stratified', 0.5)])
+def test_in_sigma_a_rule_means_the_same_noise_at_any_shift(rule, mean):
+    """u is where 1 - sigma is. In steps, a shift of 3 makes low noise of .26 in the median .52."""
+    for shift in (1.0, 3.0):
+        sigmas = shifted(shift, 200)
+        found = [sigmas[i] for x in drawn(rule, 1, 200, 1500, place='sigma', sigmas=sigmas)
+                 for i in x]
+        assert sum(found) / len(found) == pytest.approx(mean, abs=0.03)
+    in_steps = sorted(sigmas[i] for x in drawn('low_noise', 1, 200, 1500) for i in x)
+    assert in_steps[750] == pytest.approx(0.52, abs=0.03)
+
+
+def test_in_sigma_the_nearest_step_is_taken_and_none_twice(monkeypatch):
+    sigmas = [1.0, 0.9, 0.6, 0.1, 0.0]
+    for u, step in ((0.0, 0), (0.07, 1), (0.35, 2), (0.8, 3), (1.0, 3)):
+        monkeypatch.setitem(T.QUERIES, 'at', lambda r, even: u)
+        assert drawn('at', 1, 4, 1, place='sigma', sigmas=sigmas) == [[step]]
+    assert drawn('at', 2, 4, 1, place='sigma', sigmas=sigmas) == [[2, 3]]
+    assert drawn('at', 2, 4, 1, drop_last=1, place='sigma', sigmas=sigmas) == [[1, 2]]
 
 
 def frequencies(rule, k, n, draws=10000):
@@ -201,9 +232,10 @@ def test_the_last_steps_are_left_out(rule):
 
 @pytest.mark.parametrize('k, of', [(1, 16), (2, 8), (1, 32)])
 def test_stratified_queries_spread_over_a_routes_samples(k, of):
-    c = SimpleNamespace(queries=k, query='stratified', steps=16, drop_last=0, seed=0)
+    c = SimpleNamespace(queries=k, query='stratified', query_in='steps', steps=16, drop_last=0,
+                        seed=0)
     samples = [SimpleNamespace(step=0, number=i, slot=i, of=of) for i in range(of)]
-    seen = [i for s in samples for i in T.draw_queries(s, c)]
+    seen = [i for s in samples for i in T.draw_queries(s, c, shifted(1.0, 16))]
     assert sorted(seen) == sorted([*range(16)] * (k * of // 16))
 
 

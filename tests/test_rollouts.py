@@ -125,7 +125,7 @@ def test_a_trajectory_remembers_what_was_drawn(models):
             sigma, sigma_next = t.sigmas[i].expand(3), t.sigmas[i + 1].expand(3)
             v = models.velocity('student', batch, t.z[i], sigma)
             torch.testing.assert_close(v, t.v[i])
-            mean, std = T.transition(t.z[i], v, T.col(sigma), T.col(sigma_next), 0.7)
+            mean, std = T.transition(t.z[i], v, T.col(sigma, v), T.col(sigma_next, v), 0.7)
             want = Normal(mean, std).log_prob(t.z[i + 1]).flatten(1).mean(1)
             torch.testing.assert_close(t.logp[i], want)
             noise = (t.z[i + 1] - mean) / std                  # drawn, and as large as it says

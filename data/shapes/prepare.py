@@ -300,7 +300,7 @@ def train_base(c, folder):
             x0 = torch.stack([x for _, _, x in rows]) * 2 - 1
             eps = torch.randn(x0.shape, generator=g)
             sigma = torch.sigmoid(torch.randn(len(x0), generator=g) + math.log(3))
-            s = train_opd.col(sigma)
+            s = train_opd.col(sigma, x0)
             v = field.velocity((1 - s) * x0 + s * eps, sigma, cond)
             loss = train_opd.velocity_error(v, eps - x0).sum() / 32
             loss.backward()

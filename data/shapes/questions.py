@@ -77,8 +77,8 @@ EDITS = 'local_edit', 'global_edit'
 FROM_BASE = dict(init_from='base', lora_targets=LAYERS)        # the teachers' layers, as all have
 # of all four routes, also where not all are trained
 SAME_START = dict(init_from='{out}/ours/{seed}/start', needs=('ours/{seed}',))
-# what the question of the start led to: begin as the teacher whose skill a mean loses most, and
-# give samples to what that one cannot do
+# what the question of the start led to: begin as the teacher whose skill a student of the merge is
+# worst at, and give samples to what that one cannot do
 FOUND = dict(init_from=TEACHER + 'local_edit', **split(
     2, 6, 6, 20, weights=dict(t2i=0.5, count=1.0, local_edit=1.0, global_edit=2.5)))
 GROUPS = dict(group_size=4, **split(4, 4, 12, 12))
@@ -128,7 +128,6 @@ ARMS = {
     'base-ode': arm(rates=TUNED, **FROM_BASE, **ODE),
     'base-sde': arm(rates=TUNED, **FROM_BASE, **SDE),
     'base-flow-k1': arm(rates=LOW, **FROM_BASE, **policy('k1', **FEW)),
-    'base-flow-code': arm(rates=TUNED, **FROM_BASE, **policy('code', **FEW)),
     # starts
     'from-count': arm(init_from=TEACHER + 'count'),
     'from-local': arm(init_from=TEACHER + 'local_edit'),
@@ -191,7 +190,7 @@ ARMS = {
                                dict(name='blue', lora='{out}/make-blue/0')],
                      data=WORD_DATA, routes=PAIR, rates=LOW, **FROM_BASE, **dict(
                          HALF, needs=('make-half/0', 'make-clear/0', 'make-blue/0'))),
-    'rl': arm(max_steps=43, rates=LOW, **BOTH), 'rl-whole': arm(max_steps=343, cost=8, **BOTH),
+    'rl': arm(max_steps=43, **BOTH), 'rl-whole': arm(max_steps=343, cost=8, **BOTH),
     # not trained: the start of ours, also cut to less rank; teachers, means of them, and the
     # half-made base with its teachers
     'untrained': arm(**START), 'untrained-rank2': arm(**dict(START, rank=2)),
@@ -228,14 +227,15 @@ def question(asks, claim, arms, contrasts, note=''):
 
 
 PILOTS = 'mar', 'size', 'guidance', 'numbers', 'reinforce'
+ENDS = 'base-ode', 'base-sde', 'base-flow-k1'          # scored at their ends alone, as pilots are
 LOOKS = 'base teacher-count teacher-local teacher-global'
 QUESTIONS = {
     'loss': question(
         'Which loss?', 'DiffusionOPD: its ODE loss converges about five times faster than that of '
         'the SDE at 0.7, and a policy gradient comes last. DanceOPD: K = 1, 2, 4 states give '
         '5.751, 4.931, 5.330 on GEdit.',
-        'untrained ours skip-last k2 k4 plain ode sde sde-code flow-k1 flow-group flow-paper '
-        'flow-code base base-ours base-ode base-sde base-flow-k1 base-flow-code',
+        'untrained ours skip-last k2 k4 plain states8 ode sde sde-code flow-k1 flow-group '
+        'flow-paper flow-code base base-ours base-ode base-sde base-flow-k1',
         [('ODE above SDE', 'ode', 'sde'), ('the same from the base', 'base-ode', 'base-sde'),
          ('SDE above the policy gradient', 'sde', 'flow-k1'),
          ('the same from the base', 'base-sde', 'base-flow-k1'),
@@ -244,15 +244,18 @@ QUESTIONS = {
          ('the policy gradient in groups above the start', 'flow-group', 'untrained'),
          ('the reward as written above the start', 'flow-paper', 'untrained'),
          ('K = 1 above K = 2', 'skip-last', 'k2'), ('K = 1 above K = 4', 'skip-last', 'k4'),
-         ('one state of a rollout above all nine', 'skip-last', 'plain'),
+         ('one state of five steps above nine of ten', 'skip-last', 'plain'),
+         ('one state of nine steps above nine of ten', 'states8', 'plain'),
          ('the plain error above the ODE loss', 'plain', 'ode')],
-        'From the merged teachers, and, base-..., from the base. plain, ode, sde and flow-... have '
-        'ten steps, of which the last is not learned from, as DiffusionOPD and Flow-OPD released '
-        'them, and 17 samples of nine states each (flow-group and flow-paper: 32, in groups of '
-        'four); plain is the error of danceopd there, with fewer updates than ode, which learns '
-        'from the very states of its rollout. sde-code has the rate of sde, flow-paper that of '
-        'flow-k1; untrained is the start from the merge. skip-last, k2 and k4 have 34, 34 and 68 '
-        'states an update, of 34, 17 and 17 rollouts of five steps without the last.'),
+        'From the merged teachers, and, base-..., from the base; base-ode, base-sde, base-flow-k1 '
+        'are scored at their ends alone. plain, ode, sde and flow-... have ten steps, of which the '
+        'last is not learned from, as DiffusionOPD and Flow-OPD released them, and 17 samples of '
+        'nine states each (flow-group and flow-paper: 32, in groups of four); plain is the error '
+        'of danceopd there, with fewer updates than ode, which learns from the very states of its '
+        'rollout. sde-code has the rate of sde, flow-paper that of flow-k1; untrained is the start '
+        'from the merge. Without the last step as well: states8, one state of each of 34 rollouts '
+        'of nine steps; skip-last, k2 and k4, with 34, 34 and 68 states an update, of 34, 17 and '
+        '17 rollouts of five.'),
     'start': question(
         'Which start?', 'DanceOPD: local edit 5.75, merged 4.19, global 2.70, t2i 1.89: more than '
         'any other choice. Flow-OPD: merged .92 on GenEval, imitated .91.',
@@ -262,8 +265,8 @@ QUESTIONS = {
          ('local above merged, on local edits', 'from-local', 'ours', ('local_edit',)),
          ('local above merged, on counts', 'from-local', 'ours', ('count',)),
          ('merged above global', 'ours', 'from-global')],
-        'from-student starts from a finished student of another seed: its cost is twice that of '
-        'the others.'),
+        'from-student starts from a finished student of another seed: that cost as much again as '
+        'the table says.'),
     'quality': question(
         'What do the published recipes need to hold 90 % of every teacher?', 'Each is the best in '
         'its own paper: its loss, steps, queries, routing and start are taken here; rank, batch '
@@ -310,7 +313,7 @@ QUESTIONS = {
         'All but ours leave out the last step, whose noise of .009 decides nothing: of a rollout '
         'of four it is half of what low noise asks for. low, mid, high and uniform have 16 '
         'states, as states16, which is stratified. Low noise needs longer rollouts, and has fewer '
-        'updates. All have one rate, though they have 100 to 330 updates.'),
+        'updates. All have one rate, though they have 94 (low) to 306 (states2) updates.'),
     'routing': question(
         'Who answers, and how often?', 'DanceOPD: hard routing 5.751, soft 4.994; one route a '
         'step. DiffusionOPD: all routes in each step.',
@@ -324,20 +327,23 @@ QUESTIONS = {
     'teachers': question(
         'What does a teacher more cost the others?', 'All: one student holds several teachers, and '
         'no merging of weights does.',
-        'ours count-local count-global local-global only-count only-local only-global merge-ours '
-        'merge-even merge-count merge-local merge-global',
+        'ours even count-local count-global local-global only-count only-local only-global '
+        'merge-ours merge-even merge-count merge-local merge-global',
         [('counts: alone above with both edits', 'only-count', 'ours', ('count',)),
+         ('counts: alone above all four in equal shares', 'only-count', 'even', ('count',)),
          ('counts: alone above with local edits', 'only-count', 'count-local', ('count',)),
          ('counts: alone above with global edits', 'only-count', 'count-global', ('count',)),
          ('local edits: alone above with the others', 'only-local', 'ours', ('local_edit',)),
          ('local edits: alone above with global ones', 'only-local', 'local-global', EDITS[:1]),
          ('global edits: alone above with the others', 'only-global', 'ours', ('global_edit',)),
          ('global edits: alone above with local ones', 'only-global', 'local-global', EDITS[1:]),
+         ('edits: without counts above with them', 'local-global', 'ours', EDITS),
          *((f'distilled above {k}', 'ours', k) for k in (
              'merge-ours', 'merge-even', 'merge-count', 'merge-local', 'merge-global'))],
         'All begin with the merge of all, and give a skill as many samples in each of as many '
-        'updates as ours: those with fewer teachers cost less. The means of the teachers are not '
-        "cut to a student's rank."),
+        'updates as ours: those with fewer teachers cost less. Counts alone have half of the loss, '
+        'in ours a tenth, in even a quarter. The means of the teachers are not cut to a '
+        "student's rank."),
     'mar': question(
         'What does holding near the base keep, and cost?', 'Flow-OPD: at 0.04 it keeps the quality '
         'of pictures that no teacher looks after.',
@@ -361,10 +367,9 @@ QUESTIONS = {
         'half-w1 half-w1.5 half-w3 absorbed',
         [('absorbed above the base without guidance', 'absorbed', 'half-w1', PLAIN_WORDS),
          ('absorbed above the guided base', 'absorbed', 'half-w1.5', PLAIN_WORDS)],
-        'On a base stopped after 450 steps, which saw a tenth of its pictures without words: one '
-        'that never did (of 300 steps) draws 48 % of t2i right at w = 1 and none at w = 3. Pilots '
-        'on 128 pictures: at w = 1, 1.5 and 2 this one has 75, 84 and 72 %; so its teacher has '
-        '1.5. A picture costs 8 forwards at w = 1, else 16.'),
+        'On a base stopped after 450 steps, which saw a tenth of its pictures without words; the '
+        'teacher is this base at w = 1.5, better there than at 1 and 3. A picture costs 8 forwards '
+        'at w = 1, else 16.'),
     'numbers': question(
         'How many bits does the frozen base need?', 'All train in bfloat16.', 'ours bf16 float8',
         [('float32 above bfloat16', 'ours', 'bf16'), ('float32 above float8', 'ours', 'float8')],
@@ -380,6 +385,6 @@ QUESTIONS = {
          ("the same, the teachers' forwards counted", 'distilled', 'rl-whole',
           ('t2i', 'open', 'blue'))],
         'On a base stopped after 450 steps: clear-alone is the teacher that likes clear shapes, of '
-        't2i; blue-alone the one that likes blue as well, of open. rl-whole has one rate, its '
-        "config's, and the cost of distilled and of both teachers. All seeds of distilled share "
-        'these two.')}
+        't2i; blue-alone the one that likes blue as well, of open. GRPO has one rate, its '
+        "config's; rl-whole has the cost of distilled and of both teachers. All seeds of "
+        'distilled share these two.')}

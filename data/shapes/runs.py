@@ -112,7 +112,7 @@ def cost_until(step, r, c, log):
 def rehearsed(script, s, data, steps=10):
     """Forwards of a step."""
     if script is train_teacher:
-        vars(s).update(routes_per_step='sample', teachers=[], mixing='hard')
+        vars(s).update(routes_per_step='sample', teachers=[], mixing='hard', eta=0.0)
     dealt = partial(plan, c=s, buckets=data.buckets)
     return rehearsal.rehearsed(s, dealt, script.METHODS[s.method], Models, steps)
 
