@@ -123,7 +123,8 @@ def test_half_a_fork_is_refused(opd, tmp_path):
     ('STATES', 'own', None), ('PLACES', 'own', None)])
 def test_an_entry_without_its_function_is_not_trained_as_another(table, name, entry, opd,
                                                                  tmp_path, monkeypatch):
-    key = dict(METHODS='method', QUERIES='query', SDES='sde', STATES='states', PLACES='query_in')[table]
+    key = dict(METHODS='method', QUERIES='query', SDES='sde', STATES='states', PLACES='query_in')
+    key = key[table]
     monkeypatch.setitem(getattr(T, table), name, entry)
     with pytest.raises((TypeError, BadInput)):
         T.main([*opd, f'--{key}={name}', '--eta=0.7', f'--out_dir={tmp_path}/none'])

@@ -2,7 +2,7 @@
 Adapter files: find and read them, whichever tool wrote them (docs/adapters.md). Every key of a file
 has to be understood: loaders that skip what they do not expect give a teacher that equals the base.
 """
-import json, os, pathlib, re, subprocess, sys
+import contextlib, json, os, pathlib, re, subprocess, sys
 
 import safetensors
 
@@ -60,31 +60,41 @@ def find(path):
                  and not os.path.exists(parts[0]),
                  f'no such adapter: {path} (a local path, or a hub id owner/repo[/sub/folder])')
             local = _fetch('/'.join(parts[:2]), '/'.join(parts[2:]))
-        if (local / 'latest').exists():                        # a run: its newest checkpoint
+        if (local / 'latest').is_dir():                        # a run: its newest checkpoint
             local = local / 'latest'
         if local.is_file():
             return local
         every = sorted(f.name for f in local.iterdir())
     except OSError as e:
         raise BadInput(f'adapter {path} cannot be read: {e}') from e
-    here = [f for f in every if f.endswith('.safetensors')]
+    return local / chosen(every, local)
+
+
+def chosen(names, where):
+    """Which of a folder's files is the adapter."""
+    here = [f for f in names if f.endswith('.safetensors')]
     name = next((f for f in FILES if f in here), here[0] if len(here) == 1 else None)
-    need(name, f'{local} holds {some(here or every) or "nothing"}; '
+    need(name, f'{where} holds {some(here or names) or "nothing"}; '
          f'{"name one file" if here else "no .safetensors file"}')
-    return local / name
+    return name
 
 
 def _fetch(repo, sub):
-    from huggingface_hub import hf_hub_download, snapshot_download  # the rest works without
+    import huggingface_hub as hub                              # the rest works without
+    names, file = [], '*.safetensors'
+    with contextlib.suppress(Exception):                       # what is wrong the fetch itself says
+        names = [f for f in hub.list_repo_files(repo) if f.rpartition('/')[0] == sub]
+    if names:                                                  # one, before many are fetched
+        file = chosen([f.rpartition('/')[2] for f in names], f'{repo}/{sub}'.rstrip('/'))
     try:
         if sub.endswith('.safetensors'):
             if sub.endswith(FILES[1]):  # a PEFT file means nothing without its configuration
-                hf_hub_download(repo, sub[:-len(FILES[1])] + 'adapter_config.json')
-            return pathlib.Path(hf_hub_download(repo, sub))
+                hub.hf_hub_download(repo, sub[:-len(FILES[1])] + 'adapter_config.json')
+            return pathlib.Path(hub.hf_hub_download(repo, sub))
         at = sub + '/' if sub else ''
         # A * also matches slashes: without the second list, whole models would come along.
-        got = snapshot_download(repo, ignore_patterns=[at + '*/*'],
-                                allow_patterns=[at + '*.safetensors', at + 'adapter_config.json'])
+        got = hub.snapshot_download(repo, ignore_patterns=[at + '*/*'],
+                                    allow_patterns=[at + file, at + 'adapter_config.json'])
         local = pathlib.Path(got) / sub
         if not local.is_dir() or not any(local.iterdir()):
             raise FileNotFoundError(f'no folder {sub or "/"} with .safetensors files in it')

@@ -35,7 +35,8 @@ def mend(e):
     if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' \
             or "can't allocate memory" in str(e):
         why = (str(e).strip() or 'no memory is left').splitlines()[0]
-        return 2, f'out of memory: {why[:300]}; lower micro_batch or resolution (docs/memory.md)'
+        return 2, f'out of memory: {why[:300]}; lower micro_batch (sample.py: ' \
+                  'batch_size) or the size of pictures (docs/memory.md)'
     return 1, ''
 
 

@@ -5,6 +5,7 @@ full weights; prompts' embeddings. How these are loaded and kept; train_opd.py s
 import copy, itertools, math, os, sys, warnings
 from collections import deque
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -81,6 +82,7 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
         raise BadInput(f'model {path} is not here and cannot be fetched: {why}. A gated one needs '
                        'its licence accepted and `hf auth login`') from e
     kind = find_family(families, index.get('_class_name', ''), family)     # before any weights
+    check_processor(index)
     pipe = open_pipeline(path, index, family if family in families else '', dtype, device)
     net = getattr(pipe, kind.prefix)
     for name, m in (kind.prefix, net), ('vae', pipe.vae):
@@ -92,6 +94,13 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
         if isinstance(m, torch.nn.Module) and m is not net and not name.startswith('text_encoder'):
             m.to(device)
     return field
+
+
+def check_processor(index):
+    """Words that are read beside pictures need one; some need a package more."""
+    name = next((str(index[k][1]) for k in ('processor', 'tokenizer') if index.get(k)), '')
+    need(not name.endswith('Processor') or find_spec('torchvision'), f'{index["_class_name"]} reads '
+         f'words by a {name}, which needs a package more: pip install torchvision')
 
 
 def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
@@ -176,7 +185,7 @@ class Prompts:
 
     def __init__(self, network, gb):
         self.network, self.field, self.most = network, network.field, gb * 1e9
-        self.known, self.bytes, self.coming = {}, 0, iter(())
+        self.known, self.bytes, self.lacks, self.coming = {}, 0, 0, iter(())
         self.held, self.ahead = set(), set()                   # what stays; what is not used yet
 
     def key(self, row):
@@ -194,14 +203,14 @@ class Prompts:
         rows = list(rows) or [b[0] for b in buckets.values()]
         self.add(k for r in rows for k in self.keys(r))
         self.held = {*self.known} if self.bytes < self.most / 2 else set()
-        most, keys = self.most / (self.bytes / len(self.known)), dict.fromkeys(self.known)
+        keys, each = dict.fromkeys(self.known), self.bytes / len(self.known)
         for row in itertools.chain(*buckets.values()):
             keys |= dict.fromkeys(self.keys(row))
-            if len(keys) > most:
+            if len(keys) * each > self.most:
+                self.lacks = sum(map(len, buckets.values())) * each
                 return
         self.add(keys)
-        if self.bytes <= self.most:
-            self.network.drop_encoders()
+        self.network.drop_encoders()
 
     def expect(self, rows):
         """Rows to come, in their order: a generator may go on for ever."""
@@ -422,9 +431,12 @@ class Student:
 
     def __init__(self, net, c, targets, start=None):
         torch.manual_seed(c.seed)
-        linear = [k.removesuffix('.base_layer') for k, m in net.named_modules()
-                  if 'lora_' not in k and isinstance(m, torch.nn.Linear)]
-        hits = {t: [k for k in linear if k == t or k.endswith('.' + t)] for t in targets}
+        layers = {k.removesuffix('.base_layer'): m for k, m in net.named_modules()
+                  if 'lora_' not in k and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        linear = [k for k, m in layers.items() if isinstance(m, torch.nn.Linear)]
+        hits = {t: [k for k in linear if k == t or k.endswith('.' + t)]
+                or [t] * (t in layers and t in (start or ()))          # a start's convolutions
+                for t in targets}
         need(all(hits.values()), 'lora_targets: no linear layer of the model is called '
              f'{", ".join(t for t in hits if not hits[t])}')
         self.names = sorted({k for found in hits.values() for k in found})

@@ -46,8 +46,7 @@ def launch(device='', tf32=True):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     stop = Stop()
     if size > 1 and not dist.is_initialized():
-        kinds = 'cpu:gloo,cuda:nccl' if gpu else 'gloo'        # what is gathered stays off the GPU
-        dist.init_process_group(kinds, timeout=timedelta(hours=1))
+        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(hours=1))
         atexit.register(dist.destroy_process_group)
     return SimpleNamespace(rank=rank, size=size, device=device, stop=stop)
 

@@ -305,9 +305,10 @@ def claim(out, resume, meta):
     for name, t in meta['teachers'].items():
         before = old['teachers'].get(name, {})
         what = 'sha256' if t['sha256'] and before.get('sha256') else 'path'    # hub ids have no sum
+        now = t['path'] if before.get('path') != t['path'] else 'whose weights have changed since'
         need(before.get(what) == t[what], f'the run in {out} had another teacher "{name}" '
-             f'({before.get("path")}, now {t["path"]}); give the same one, or start a new run in '
-             'another --out_dir')
+             f'({before.get("path")}, now {now}); give the same one (of a run that went on, the '
+             'checkpoint itself), or start a new run in another --out_dir')
     then, now = old['settings'].get('alpha'), meta['settings']['alpha']
     need(then == now, f'the run in {out} has alpha {then}, not {now}: resume with the same, for it '
          'scales what was learned, or start from it as an adapter')

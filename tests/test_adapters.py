@@ -424,6 +424,8 @@ def test_find(tmp_path, monkeypatch):
     for name in order:
         (tmp_path / 'here' / name).touch()
         assert merge_lora.find('here').name == name
+    (tmp_path / 'here/latest').write_text('global_step200')    # DeepSpeed's, and no run's
+    assert merge_lora.find('here').name == order[-1]
     for name in order[1:]:
         (tmp_path / 'here' / name).unlink()
     (tmp_path / 'here/y.safetensors').touch()
@@ -446,6 +448,7 @@ def test_hub(tmp_path, monkeypatch):
 
     def fails(*a, **k):
         raise hub.errors.LocalEntryNotFoundError('no network\nsecond line')
+    monkeypatch.setattr(hub, 'list_repo_files', fails)         # offline, what is here is found
     monkeypatch.setattr(hub, 'snapshot_download', snapshot)
     monkeypatch.setattr(hub, 'hf_hub_download', download)
     at, file = 'Teacher/lora', f'Teacher/lora/{merge_lora.FILES[1]}'
@@ -458,8 +461,18 @@ def test_hub(tmp_path, monkeypatch):
     assert not fnmatch(f'{at}/m.safetensors', ignored)
     assert merge_lora.find(f'owner-x/repo/{file}') == tmp_path / file
     assert asked == [('owner-x/repo', f'{at}/adapter_config.json'), ('owner-x/repo', file)]
+    more = 'adapter_config.json', merge_lora.FILES[0], 'optimizer.safetensors'
+    many = ['a.safetensors', 'b.safetensors', 'README.md', *(f'{at}/{k}' for k in more)]
+    monkeypatch.setattr(hub, 'list_repo_files', lambda repo: many)
+    asked.clear()
+    with pytest.raises(BadInput, match='owner-x/repo holds a.safetensors, b.safetensors; name one'):
+        merge_lora.find('owner-x/repo')
+    assert not asked                           # nothing was fetched
+    assert merge_lora.find(f'owner-x/repo/{at}') == tmp_path / at / merge_lora.FILES[0]
+    assert asked[0][1] == [f'{at}/{merge_lora.FILES[0]}', f'{at}/adapter_config.json']
     with pytest.raises(BadInput, match='owner-x/repo/none.*by hand'):
         merge_lora.find('owner-x/repo/none')
+    monkeypatch.setattr(hub, 'list_repo_files', fails)
     monkeypatch.setattr(hub, 'snapshot_download', fails)
     with pytest.raises(BadInput, match='owner-x/repo .*no network.*by hand.*hf auth login'):
         merge_lora.find('owner-x/repo')

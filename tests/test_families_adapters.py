@@ -30,17 +30,25 @@ def ask(models, who, z, s, cond):
     return models.velocity(who, [SimpleNamespace(cond=c) for c in cond], z, s)
 
 
+def targets_of(field, name):
+    return [*field.targets, *['conv1', 'proj_in'] * (name in UNETS)]
+
+
 def household(name, tmp_path):
-    """Two teachers and a student on a field: (field, models, student, probe, the base's v)."""
+    """Two teachers and a student on a field: (field, models, student, probe, the base's v). On a
+    UNet they have convolutions as well, the student by its start."""
     field = build(name)
+    targets = targets_of(field, name)
     at = probe(field, tmp_path)
     with torch.no_grad():
         bare = field.velocity(*at)
     for i in range(2):
-        adapter = random_adapter(field.net, field.targets, i)
+        adapter = random_adapter(field.net, targets, i)
         merge_lora.write_adapter(tmp_path / f't{i}', adapter, prefix=field.prefix)
     models = T.Models(field, [dict(name=k, lora=str(tmp_path / k)) for k in ('t0', 't1')])
-    student = M.Student(field.net, LEARNER, field.targets)
+    start = adapter if name in UNETS else None
+    student = M.Student(field.net, LEARNER, sorted(start or field.targets), start)
+    assert any(p.dim() == 4 for p in student.params.values()) == (name in UNETS)
     models.refresh(), models.switch('student')
     torch.manual_seed(5)
     for p in student.params.values():                          # as after some training
@@ -84,8 +92,9 @@ def test_student_and_teachers_share_a_base(name, tmp_path):
         assert torch.equal(ask(models, 'student', *at), v)
     for i, t in enumerate(teachers):                           # as with deltas added to the weights
         other = build(name)
-        for k, (A, B, scale) in random_adapter(other.net, other.targets, i).items():
-            other.net.get_submodule(k).weight.data += scale * (B.flatten(1) @ A.flatten(1))
+        for k, (A, B, scale) in random_adapter(other.net, targets_of(other, name), i).items():
+            w = other.net.get_submodule(k).weight
+            w.data += scale * (B.flatten(1) @ A.flatten(1)).view_as(w)
         with torch.no_grad():
             assert off(other.velocity(*at), t) < 1e-4 * (1 + t.abs().max())
         assert off(t, bare) > 1e-2 and off(t, v) > 1e-2
@@ -151,7 +160,7 @@ def test_a_saved_student_loads_in_diffusers_and_peft(name, tmp_path):
 def test_adapters_of_every_packaging_load_exactly(name, tmp_path):
     field = build(name)
     at = probe(field)
-    targets = [*field.targets, *['conv1', 'proj_in'] * (name in UNETS)]    # convolutions as well
+    targets = targets_of(field, name)                          # convolutions as well
     adapter, rank, alpha = random_adapter(field.net, targets, 3), 4, 8.0
     whole = tmp_path / 'whole'
     merge_lora.write_adapter(whole, adapter, alpha, field.prefix)

@@ -63,7 +63,8 @@ def test_an_attached_reward_is_minus_kl_or_refused(of_action, group, monkeypatch
     (lambda r, even: -1.0, "query = 'own' has no 1 distinct steps"),
     (lambda r, even: -0.05, "query = 'own' has no 1 distinct steps"),
     (lambda r, even: 3, "query = 'own' has no 1 distinct steps"),
-    (lambda r, even: 0.0, "query = 'own' has no 2 distinct steps")], ids=['below', 'below 0', 'beyond', 'one only'])
+    (lambda r, even: 0.0, "query = 'own' has no 2 distinct steps")
+], ids=['below', 'below 0', 'beyond', 'one only'])
 def test_a_query_rule_that_cannot_be_is_refused(rule, message, monkeypatch):
     monkeypatch.setitem(T.QUERIES, 'own', rule)
     queries = int(re.search(r'\d', message)[0])

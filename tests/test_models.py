@@ -238,3 +238,15 @@ def test_where_words_see_the_source_a_row_without_one_is_refused_before_weights(
 def test_of_several_processes_none_is_given_anothers_gpu():
     with pytest.raises(BadInput, match="device = 'cuda:0': each process takes one of its own"):
         device_of('cuda:0', 1, several=True)
+
+
+def test_a_processor_that_needs_a_package_is_named_before_weights(monkeypatch):
+    index = dict(_class_name='QwenImageEditPipeline', tokenizer=['transformers', 'Qwen2Tokenizer'])
+    reads = ['transformers', 'Qwen2VLProcessor']
+    monkeypatch.setattr(M, 'find_spec', lambda name: None)
+    M.check_processor(index)
+    for key in ('processor', 'tokenizer'):
+        with pytest.raises(BadInput, match='QwenImageEditPipeline .*pip install torchvision'):
+            M.check_processor(index | {key: reads})
+    monkeypatch.setattr(M, 'find_spec', lambda name: 'here')
+    M.check_processor(index | dict(processor=reads))

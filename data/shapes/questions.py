@@ -269,8 +269,8 @@ QUESTIONS = {
         'the table says.'),
     'quality': question(
         'What do the published recipes need to hold 90 % of every teacher?', 'Each is the best in '
-        'its own paper: its loss, steps, queries, routing and start are taken here; rank, batch '
-        'and average are the common ones, and of the rate three were tried.',
+        'its own paper: its loss, rollout, queries and routing are taken here, its start where that '
+        'is published; rank, batch and average are the common ones, and three rates were tried.',
         'ours-twice dance diffusion flow ours found found-skip demonstration',
         [("ours at twice the cost above DanceOPD's", 'ours-twice', 'dance'),
          ("above DiffusionOPD's", 'ours-twice', 'diffusion'),
@@ -278,7 +278,10 @@ QUESTIONS = {
          ('found above ours', 'found', 'ours'),
          ('found-skip above found', 'found-skip', 'found'),
          ('the demonstration above ours at twice its cost', 'demonstration', 'ours-twice')],
-        "The last four at half of the others' cost. Flow-OPD's groups have 4 samples, not 16. "
+        "The last four at half of the others' cost. DiffusionOPD's start is not published: here "
+        "the base, from which all learn less. Flow-OPD's groups have 4 samples, not 16, and its "
+        'routes, which take turns, are all in each step. The demonstration was chosen among many arms by '
+        'these seeds and rows, of a published recipe the rate alone. '
         'found begins with the local teacher, and gives samples to what that lacks; found-skip has '
         'five steps, of which the last, at a noise of .009, is not learned from; the demonstration '
         'has a little more of counts than that, and a little less of global edits.'),
