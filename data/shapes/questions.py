@@ -127,7 +127,7 @@ ARMS = {
     'base-ours': arm(rates=TUNED, **FROM_BASE),
     'base-ode': arm(rates=TUNED, **FROM_BASE, **ODE),
     'base-sde': arm(rates=TUNED, **FROM_BASE, **SDE),
-    'base-flow-k1': arm(rates=LOW, **FROM_BASE, **policy('k1', **FEW)),
+    'base-flow-k1': arm(rates=LOW[:2], **FROM_BASE, **policy('k1', **FEW)),
     # starts
     'from-count': arm(init_from=TEACHER + 'count'),
     'from-local': arm(init_from=TEACHER + 'local_edit'),
@@ -227,7 +227,8 @@ def question(asks, claim, arms, contrasts, note=''):
 
 
 PILOTS = 'mar', 'size', 'guidance', 'numbers', 'reinforce'
-ENDS = 'base-ode', 'base-sde', 'base-flow-k1'          # scored at their ends alone, as pilots are
+# scored at their ends alone, as pilots are
+ENDS = 'base-ode', 'base-sde', 'base-flow-k1', 'flow-group', 'flow-paper', 'flow-code'
 LOOKS = 'base teacher-count teacher-local teacher-global'
 QUESTIONS = {
     'loss': question(
@@ -247,8 +248,8 @@ QUESTIONS = {
          ('one state of five steps above nine of ten', 'skip-last', 'plain'),
          ('one state of nine steps above nine of ten', 'states8', 'plain'),
          ('the plain error above the ODE loss', 'plain', 'ode')],
-        'From the merged teachers, and, base-..., from the base; base-ode, base-sde, base-flow-k1 '
-        'are scored at their ends alone. plain, ode, sde and flow-... have ten steps, of which the '
+        'From the merged teachers, and, base-..., from the base; these, but for base-ours, and '
+        'flow-group, flow-paper and flow-code are scored at their ends alone. plain, ode, sde and flow-... have ten steps, of which the '
         'last is not learned from, as DiffusionOPD and Flow-OPD released them, and 17 samples of '
         'nine states each (flow-group and flow-paper: 32, in groups of four); plain is the error '
         'of danceopd there, with fewer updates than ode, which learns from the very states of its '
