@@ -249,14 +249,14 @@ QUESTIONS = {
          ('one state of nine steps above nine of ten', 'states8', 'plain'),
          ('the plain error above the ODE loss', 'plain', 'ode')],
         'From the merged teachers, and, base-..., from the base; these, but for base-ours, and '
-        'flow-group, flow-paper and flow-code are scored at their ends alone. plain, ode, sde and flow-... have ten steps, of which the '
-        'last is not learned from, as DiffusionOPD and Flow-OPD released them, and 17 samples of '
-        'nine states each (flow-group and flow-paper: 32, in groups of four); plain is the error '
-        'of danceopd there, with fewer updates than ode, which learns from the very states of its '
-        'rollout. sde-code has the rate of sde, flow-paper that of flow-k1; untrained is the start '
-        'from the merge. Without the last step as well: states8, one state of each of 34 rollouts '
-        'of nine steps; skip-last, k2 and k4, with 34, 34 and 68 states an update, of 34, 17 and '
-        '17 rollouts of five.'),
+        'flow-group, flow-paper and flow-code are scored at their ends alone. plain, ode, sde and '
+        'flow-... have ten steps, of which the last is not learned from, as DiffusionOPD and '
+        'Flow-OPD released them, and 17 samples of nine states each (flow-group and flow-paper: '
+        '32, in groups of four); plain is the error of danceopd there, with fewer updates than '
+        'ode, which learns from the very states of its rollout. sde-code has the rate of sde, '
+        'flow-paper that of flow-k1; untrained is the start from the merge. Without the last step '
+        'as well: states8, one state of each of 34 rollouts of nine steps; skip-last, k2 and k4, '
+        'with 34, 34 and 68 states an update, of 34, 17 and 17 rollouts of five.'),
     'start': question(
         'Which start?', 'DanceOPD: local edit 5.75, merged 4.19, global 2.70, t2i 1.89: more than '
         'any other choice. Flow-OPD: merged .92 on GenEval, imitated .91.',
@@ -269,9 +269,10 @@ QUESTIONS = {
         'from-student starts from a finished student of another seed: that cost as much again as '
         'the table says.'),
     'quality': question(
-        'What do the published recipes need to hold 90 % of every teacher?', 'Each is the best in '
-        'its own paper: its loss, rollout, queries and routing are taken here, its start where that '
-        'is published; rank, batch and average are the common ones, and three rates were tried.',
+        'What do the published recipes need to hold 90 % of every teacher?', "Each's own "
+        'paper has it for the best: its loss, rollout, queries and routing are taken here, its '
+        'start where that is published; rank, batch and average are the common ones, and three '
+        'rates were tried.',
         'ours-twice dance diffusion flow ours found found-skip demonstration',
         [("ours at twice the cost above DanceOPD's", 'ours-twice', 'dance'),
          ("above DiffusionOPD's", 'ours-twice', 'diffusion'),
@@ -281,8 +282,8 @@ QUESTIONS = {
          ('the demonstration above ours at twice its cost', 'demonstration', 'ours-twice')],
         "The last four at half of the others' cost. DiffusionOPD's start is not published: here "
         "the base, from which all learn less. Flow-OPD's groups have 4 samples, not 16, and its "
-        'routes, which take turns, are all in each step. The demonstration was chosen among many arms by '
-        'these seeds and rows, of a published recipe the rate alone. '
+        'routes, which take turns, are all in each step. The demonstration was chosen among many '
+        'arms by these seeds and rows, of a published recipe the rate alone. '
         'found begins with the local teacher, and gives samples to what that lacks; found-skip has '
         'five steps, of which the last, at a noise of .009, is not learned from; the demonstration '
         'has a little more of counts than that, and a little less of global edits.'),
