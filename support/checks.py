@@ -81,7 +81,7 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
     check_choices(c, choices)
     for k, x in vars(c).items():
         if k in above:
-            need(is_number(x), f'{k} must be more than 0, not {x!r}' 
+            need(is_number(x), f'{k} must be more than 0, not {x!r}'
                  + UNGUIDED * k.endswith('guidance'))
         elif type(x) in (int, float) and k != 'seed':
             own = defaults[k] if type(defaults[k]) in (int, float) else 1      # a default is legal

@@ -109,7 +109,8 @@ TOGETHER = [
     ('model=', 'model'), ('model=./gone', './gone'), ('max_steps=0', 'max_steps'),
     ('cache_gb=0', None), ('rank=100000', 'rank'), ('lr=1e10', 'lr'),
     ('weight_decay=1e10', 'weight_decay'), ('max_sequence_length=100000', None),
-    ('distilled_guidance=-3', 'distilled_guidance')]
+    ('distilled_guidance=-3', 'distilled_guidance'), ('rollout_guidance=0', 'rollout_guidance'),
+    ('student_guidance=0', 'student_guidance'), ('query_in=noise', 'query_in')]
 CONFIGS = [                             # texts of config files
     ('lr = 1\n', None), ('lr = "x"\n', 'lr'), ('learning = 1\n', 'learning'), ('\0', 'null'),
     ('1/0\n', 'ZeroDivision'), ('import sys\nsys.exit(3)\n', 'line 2'), ('lr = (\n', 'line'),

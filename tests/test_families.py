@@ -1,4 +1,6 @@
 """The families as velocity fields, against diffusers' own pipelines with tiny random weights."""
+import inspect
+
 from conftest import *
 from pipelines import *
 
@@ -54,6 +56,14 @@ def test_a_wrong_sign_time_or_schedule_is_noticed(name):
     for wrong in (dict(warp=lambda v, z, s, a: -v(z, s, a)), dict(sigmas=S ** 1.5),
                   dict(warp=lambda v, z, s, a: v(z, S[0] - s + 0.01, a))):
         assert off(ours(name, cond, empty, eps, n, 1.0, **wrong), theirs) > 3 * bar(name)
+
+
+@pytest.mark.parametrize('name', EACH)
+def test_without_a_setting_words_are_as_long_as_by_the_pipeline(name):
+    call = inspect.signature(type(shared(name).pipe).__call__).parameters
+    opened = type(shared(name))(shared(name).pipe)
+    assert opened.max_length == (call['max_sequence_length'].default
+                                 if 'max_sequence_length' in call else 512)
 
 
 def test_sd3_edits_beside_the_source_or_in_its_channels(tmp_path):

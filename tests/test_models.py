@@ -250,3 +250,15 @@ def test_a_processor_that_needs_a_package_is_named_before_weights(monkeypatch):
             M.check_processor(index | {key: reads})
     monkeypatch.setattr(M, 'find_spec', lambda name: 'here')
     M.check_processor(index | dict(processor=reads))
+
+
+@pytest.mark.parametrize('own, held', [(0, 2), (2, 0), (0, 0)])
+def test_held_out_sources_need_a_model_that_edits_as_well(own, held):
+    data = files.Data(dict(x=files.Bucket('x')), dict(x=files.Bucket('x_val')))
+    data.buckets['x'].sources, data.held['x'].sources = own, held
+    look = functools.partial(M.check_sizes, type(shared('flux')), 'FluxPipeline', {},
+                             [dict(data='x', size=(64, 64))], data)
+    if not own + held:
+        return look()
+    with pytest.raises(BadInput, match='FluxPipeline cannot edit'):
+        look()

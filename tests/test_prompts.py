@@ -126,7 +126,7 @@ def test_data_that_has_room_is_encoded_at_once_and_the_encoders_go():
         net, gb = room_for(most)
         prompts = M.Prompts(net, gb)
         prompts.begin([row('held')], buckets)
-        assert net.gone == gone
+        assert net.gone == gone and bool(prompts.lacks) != gone
         assert len(net.seen) == (13 if gone else 2)            # 9 + 1, what is held, 2 of no words
         assert net.visits == (2 if gone else 1)
 
@@ -142,10 +142,13 @@ def test_embeddings_of_a_real_encoder_do_not_depend_on_company():
                                 for x in found.values())
 
 
-def test_a_run_whose_prompts_do_not_fit_has_the_same_losses(world, tmp_path):
+def test_a_run_whose_prompts_do_not_fit_says_so_and_has_the_same_losses(world, tmp_path, capsys):
     want = world.distil(tmp_path / 'whole', max_steps=3, steps=2, eval_samples=1)
+    assert 'do not fit' not in capsys.readouterr().out
     got = world.distil(tmp_path / 'visits', max_steps=3, steps=2, eval_samples=1, cache_gb=1e-5)
     assert log(got, 'loss') == log(want, 'loss')
+    assert re.search('words +up to .* do not fit in cache_gb = 1e-05: the encoders, ',
+                     capsys.readouterr().out)
 
 
 # -------------------- whose turn it is

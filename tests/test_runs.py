@@ -165,6 +165,14 @@ def test_another_run_is_not_written_over(world, tmp_path):
             ('--alpha=16.0', 'has alpha 8.0, not 16.0.*: resume with the same')):
         with pytest.raises(BadInput, match=says):
             run(T.main, [*argv, word, '--init_from=resume'])
+    meta = out / 'step_000001' / 'meta.json'
+    text = meta.read_text()
+    other = json.loads(text)
+    other['teachers']['one']['sha256'] = 'another'
+    meta.write_text(json.dumps(other))
+    with pytest.raises(BadInput, match='"one" .*, now whose weights have changed since'):
+        run(T.main, [*argv, '--init_from=resume'])
+    meta.write_text(text)
     after = listing(out)
     assert {k: x for k, x in after.items() if k != '.lock'} == {
         k: x for k, x in before.items() if k != '.lock'}

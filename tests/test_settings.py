@@ -109,8 +109,9 @@ def test_a_route_may_have_its_own_size(tmp_path, capsys):
 
 def test_data_that_no_route_has_is_told(capsys):
     T.main(['--dry_run', "--routes=[dict(teacher='count',data='count',samples=34)]"])
-    assert re.search('not used +buckets that no route has: global_edit, local_edit, t2i',
-                     capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search('not used +buckets that no route has: global_edit, local_edit, t2i', said)
+    assert re.search('not used +teachers that no route has: local_edit, global_edit', said)
     T.main(['--dry_run'])
     assert 'not used' not in capsys.readouterr().out
 
