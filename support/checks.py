@@ -115,6 +115,8 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
          'more: pip install tensorboard'),
         (layers is None or layers and all(isinstance(x, str) and x for x in layers),
          f'lora_targets: names of layers, or None, not {layers}'),
+        (not c.compile or not c.base_storage, 'compile does not go with base_storage: what it '
+         'compiles reads the weights again in the backward, and by then they are in 8 bits'),
         (c.ema_decay < 1, f'ema_decay must be below 1, not {c.ema_decay}'),
         (len(c.betas) == 2 and all(type(x) in (int, float) and 0 <= x < 1 for x in c.betas),
          f'betas: two numbers from 0 to below 1, not {c.betas}'),

@@ -107,6 +107,12 @@ def test_a_route_may_have_its_own_size(tmp_path, capsys):
     assert re.search('route count .*24 x 24 pixels', said)
 
 
+@pytest.mark.parametrize('script', [T, train_teacher])
+def test_what_is_compiled_cannot_read_a_base_in_8_bits_backwards(script):
+    with pytest.raises(BadInput, match='compile does not go with base_storage'):
+        script.main(['--dry_run', '--compile=True', '--base_storage=float8'])
+
+
 def test_data_that_no_route_has_is_told(capsys):
     T.main(['--dry_run', "--routes=[dict(teacher='count',data='count',samples=34)]"])
     said = capsys.readouterr().out

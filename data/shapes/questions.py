@@ -354,6 +354,7 @@ QUESTIONS = {
         'of pictures that no teacher looks after.',
         'untrained ours mar-01 mar-04 mar-20',
         [('0.04 above 0 on what nobody teaches', 'mar-04', 'ours', ('open',)),
+         ('0 above 0.04 on the skills', 'ours', 'mar-04'),
          ('0 above 0.2 on the skills', 'ours', 'mar-20')],
         'untrained is the merge: what is above it in open was learned again, not kept. In '
         'ours the base is the teacher of t2i.'),
@@ -361,7 +362,8 @@ QUESTIONS = {
         'Which rank, which batch?', 'DanceOPD: rank 128; DiffusionOPD: rank 32, 72 samples.',
         'untrained untrained-rank2 untrained-rank8 ours rank2 rank8 rank128 batch8 batch17 batch68 '
         'batch136 no-ema',
-        [('rank 128 above 8', 'rank128', 'rank8'), ('34 samples above 136', 'ours', 'batch136'),
+        [('rank 32 above 2', 'ours', 'rank2'), ('rank 128 above 8', 'rank128', 'rank8'),
+         ('34 samples above 136', 'ours', 'batch136'),
          ('34 samples above 8', 'ours', 'batch8'),
          ('the same on edits', 'ours', 'batch8', EDITS), ('EMA above none', 'ours', 'no-ema')],
         'A merge is cut to the rank: untrained-... are these starts. Of 8 samples one is a '
@@ -388,7 +390,9 @@ QUESTIONS = {
          ('GRPO on both above the base', 'rl-whole', 'half', ('t2i', 'open', 'blue')),
          ('distilled above GRPO at equal forwards', 'distilled', 'rl', ('t2i', 'open', 'blue')),
          ("the same, the teachers' forwards counted", 'distilled', 'rl-whole',
-          ('t2i', 'open', 'blue'))],
+          ('t2i', 'open', 'blue')),
+         ('of that, what was asked for', 'distilled', 'rl-whole', ('t2i',)),
+         ('of that, blue', 'distilled', 'rl-whole', ('blue',))],
         'On a base stopped after 450 steps: clear-alone is the teacher that likes clear shapes, of '
         't2i; blue-alone the one that likes blue as well, of open. GRPO has one rate, its '
         "config's; rl-whole has the cost of distilled and of both teachers. All seeds of "
