@@ -155,7 +155,7 @@ def test_each_method_reads_the_settings_that_its_entry_names():
     assert all(len(r) > 5 for r in read.values())
     assert misfits(read, T.METHODS) == {}
     less = dict(T.METHODS, danceopd=T.METHODS['danceopd']._replace(settings=('queries', 'lr')))
-    assert misfits(read, less) == {'danceopd': ({'query', 'states'}, {'lr'})}
+    assert misfits(read, less) == {'danceopd': ({'query', 'query_in', 'states'}, {'lr'})}
 
 
 # -------------------- whom it asks
