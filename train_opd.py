@@ -639,7 +639,7 @@ def anchored(batch, models, c, z, sigma, v, weight, error=velocity_error):
 def danceopd(samples, models, c, error=velocity_error):
     """DanceOPD (2606.27377): the plain velocity error, at K states of the student's own rollout."""
     for s in samples:
-        s.queries = draw_queries(s, c, models.sigmas([s], c.steps).tolist())
+        s.queries = draw_queries(s, c, models.sigmas([s], c.steps))
 
     def terms():
         for batch, z, sigma in visits(samples, models, c, c.states):

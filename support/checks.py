@@ -74,6 +74,20 @@ def check_choices(c, choices):
         need(getattr(c, k) in known, f'{k}: {getattr(c, k)!r} is not one of {told}')
 
 
+def check_entries(choices, defaults):
+    """The tables of methods and rewards, a fork's own entries among them."""
+    for name, m in choices['method'].items():
+        need(hasattr(m, 'settings') and callable(m.updates), f'METHODS: the entry of {name!r} is '
+             'no Method(function, (names of settings, ...))')
+        odd = [k for k in m.settings if k not in defaults]
+        need(type(m.settings) is tuple and not odd, f'METHODS: {name!r} declares settings that '
+             f'there are not: {odd or m.settings!r}')
+    for name, r in choices.get('reward', {}).items():
+        need(not r.attached or r.of_action.__name__ == 'minus_kl' and not r.group,
+             f'REWARDS: {name!r} is attached, which is minus the KL with its own gradient and no '
+             'group: of_action is minus_kl, and group is False')
+
+
 def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
     """What both trainers ask of settings, one by one and together; none is set in vain. `dealt`: a
     step's groups are dealt among its updates."""
@@ -88,16 +102,7 @@ def check_settings(c, defaults, choices, above=ABOVE_0, dealt=True):
             least = min(int(type(x) is int and k not in FROM_0), own)
             need(x >= least, f'{k} must be at least {least}, not {x}')
         need(k not in MOST or x <= MOST[k], f'{k} must be at most {MOST.get(k)}, not {x}')
-    for name, m in methods.items():
-        need(hasattr(m, 'settings') and callable(m.updates), f'METHODS: the entry of {name!r} is '
-             'no Method(function, (names of settings, ...))')
-        odd = [k for k in m.settings if k not in defaults]
-        need(type(m.settings) is tuple and not odd, f'METHODS: {name!r} declares settings that '
-             f'there are not: {odd or m.settings!r}')
-    for name, r in choices.get('reward', {}).items():
-        need(not r.attached or r.of_action.__name__ == 'minus_kl' and not r.group,
-             f'REWARDS: {name!r} is attached, which is minus the KL with its own gradient and no '
-             'group: of_action is minus_kl, and group is False')
+    check_entries(choices, defaults)
     reads = methods[c.method].settings
     for k in sorted({k for m in methods.values() for k in m.settings}):
         all_steps = k == 'drop_last' and c.drop_last == 0      # are what it learns from

@@ -99,8 +99,8 @@ def open_field(families, path, dtype='float32', device='cpu', family='', max_seq
 def check_processor(index):
     """Words that are read beside pictures need one; some need a package more."""
     name = next((str(index[k][1]) for k in ('processor', 'tokenizer') if index.get(k)), '')
-    need(not name.endswith('Processor') or find_spec('torchvision'), f'{index["_class_name"]} reads '
-         f'words by a {name}, which needs a package more: pip install torchvision')
+    need(not name.endswith('Processor') or find_spec('torchvision'), f'{index["_class_name"]} '
+         f'reads words by a {name}, which needs a package more: pip install torchvision')
 
 
 def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
@@ -274,6 +274,12 @@ def to_device(x, device):
 
 
 # -------------------- adapters
+def layers_of(net):
+    """{name: module} of all that an adapter can be put on, whether there is one already or not."""
+    return {k.removesuffix('.base_layer'): m for k, m in net.named_modules()
+            if 'lora_' not in k and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+
+
 def add_adapter(net, name, **config):
     from peft import LoraConfig
     with warnings.catch_warnings():
@@ -384,9 +390,7 @@ class Network:
 
     def fit(self, adapter, what):
         """An adapter's tensors under this net's names; all must land."""
-        shapes = {k.removesuffix('.base_layer'): tuple(m.weight.shape)
-                  for k, m in self.field.net.named_modules()
-                  if 'lora_' not in k and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        shapes = {k: tuple(m.weight.shape) for k, m in layers_of(self.field.net).items()}
         try:
             adapter = renamed(adapter, shapes, type(self.field.pipe))
         except BadInput as e:
@@ -431,8 +435,7 @@ class Student:
 
     def __init__(self, net, c, targets, start=None):
         torch.manual_seed(c.seed)
-        layers = {k.removesuffix('.base_layer'): m for k, m in net.named_modules()
-                  if 'lora_' not in k and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        layers = layers_of(net)
         linear = [k for k, m in layers.items() if isinstance(m, torch.nn.Linear)]
         hits = {t: [k for k in linear if k == t or k.endswith('.' + t)]
                 or [t] * (t in layers and t in (start or ()))          # a start's convolutions

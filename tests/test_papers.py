@@ -104,7 +104,7 @@ def test_a_run_costs_what_the_table_says_and_goes_on_after_a_kill(study):
     assert {**again, 'about': 0} == {**told, 'about': 0}
 
     runs.result_of(r, study).unlink()                          # a save that the log does not know,
-    log = runs.read_log(folder)                                # as a stop leaves it, is no point
+    log = runs.read_log(folder / 'log.jsonl')                 # as a stop leaves it, is no point
     (folder / 'log.jsonl').write_text(''.join(
         json.dumps(e) + '\n' for e in log if e['step'] != 1))
     runs.make(r, study, {})

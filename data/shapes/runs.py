@@ -21,6 +21,7 @@ from questions import ARMS, COMMON, MAKES, ROLLOUT, SCORED, SEEDS, SKILLS
 from support import checks, rehearsal
 from support.disk import write_text
 from support.files import load_function, read_data
+from support.log import read_log
 from support.run import checkpoints, newest
 from train_opd import FAMILIES, Models, plan
 
@@ -152,7 +153,7 @@ def train_and_score(r, c, folder, end_only):
     if r.name in MAKES:
         return
     points = [] if failed else scores(r, c, s, folder, end_only)
-    log = read_log(folder)
+    log = read_log(folder / 'log.jsonl')
     numbers = dict(arm=arm_name(r.name), seed=r.seed, lr=s.lr, steps=steps, rows=c.rows,
                    differs=arm_of(r).settings, cost=cost_until(math.inf, r, c, log),
                    failed=failed, points=points)
@@ -206,12 +207,12 @@ def scores(r, c, s, folder, end_only):
     e = checks.own_settings(train_opd.SETTINGS, [f'--{k}={v!r}' for k, v in kept.items()])
     data = checks.check(e, train_opd.SETTINGS[0], FAMILIES, train_opd.CHOICES)
     held = {k: rows_of(SCORED[k][0])[:c.rows] for k in arm.scored}
-    at = {x['step'] for x in read_log(folder) if 'cost' in x}  # what a stop has saved is no point
+    log = read_log(folder / 'log.jsonl')
+    at = {x['step'] for x in log if 'cost' in x}               # what a stop has saved is no point
     saved = [p for p in checkpoints(folder) if int(p.name[5:]) in at][-1 if end_only else 0:]
     models = Models.open(FAMILIES, e, torch.device('cpu'), data, held, e.teachers,
                          saved[-1] if saved else None)
     found = [scored(p, models, e, held, folder) for p in saved or [None]]
-    log = read_log(folder)
     return [dict(p, cost=cost_until(p['step'], r, c, log)) for p in found]
 
 
@@ -264,11 +265,6 @@ def rows_of(name):
     found, errors = read_data([f'data/shapes/{name}.csv'])
     need(not errors, '; '.join(errors))
     return [b[i] for b in found.values() for i in range(len(b))]
-
-
-def read_log(folder):
-    log = Path(folder) / 'log.jsonl'
-    return [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
 
 
 def seconds(folder):
