@@ -128,6 +128,8 @@ ARMS = {
     'base-ode': arm(rates=TUNED, **FROM_BASE, **ODE),
     'base-sde': arm(rates=TUNED, **FROM_BASE, **SDE),
     'base-flow-k1': arm(rates=(3e-4, 1e-3), **FROM_BASE, **policy('k1', **FEW)),
+    'base-flow-group': arm(rates=(3e-4, 1e-3), **FROM_BASE, **policy('k1_group', **GROUPS)),
+    'base-flow-code': arm(rates=LOW, **FROM_BASE, **policy('code', **FEW)),
     # starts
     'from-count': arm(init_from=TEACHER + 'count'),
     'from-local': arm(init_from=TEACHER + 'local_edit'),
@@ -227,8 +229,6 @@ def question(asks, claim, arms, contrasts, note=''):
 
 
 PILOTS = 'mar', 'size', 'guidance', 'numbers', 'reinforce'
-# scored at their ends alone, as pilots are
-ENDS = 'base-ode', 'base-sde', 'base-flow-k1', 'flow-group', 'flow-paper', 'flow-code'
 LOOKS = 'base teacher-count teacher-local teacher-global'
 QUESTIONS = {
     'loss': question(
@@ -236,20 +236,22 @@ QUESTIONS = {
         'the SDE at 0.7, and a policy gradient comes last. DanceOPD: K = 1, 2, 4 states give '
         '5.751, 4.931, 5.330 on GEdit.',
         'untrained ours skip-last k2 k4 plain states8 ode sde sde-code flow-k1 flow-group '
-        'flow-paper flow-code base base-ours base-ode base-sde base-flow-k1',
+        'flow-paper flow-code base base-ours base-ode base-sde base-flow-k1 base-flow-group '
+        'base-flow-code',
         [('ODE above SDE', 'ode', 'sde'), ('the same from the base', 'base-ode', 'base-sde'),
          ('SDE above the policy gradient', 'sde', 'flow-k1'),
          ('the same from the base', 'base-sde', 'base-flow-k1'),
          ("an SDE's own variance above that of the code", 'sde', 'sde-code'),
          ("Flow-OPD's reward as released above the policy gradient", 'flow-code', 'flow-k1'),
+         ('the same from the base', 'base-flow-code', 'base-flow-k1'),
          ('the policy gradient in groups above the start', 'flow-group', 'untrained'),
+         ('the same from the base', 'base-flow-group', 'base'),
          ('the reward as written above the start', 'flow-paper', 'untrained'),
          ('K = 1 above K = 2', 'skip-last', 'k2'), ('K = 1 above K = 4', 'skip-last', 'k4'),
          ('one state of five steps above nine of ten', 'skip-last', 'plain'),
          ('one state of nine steps above nine of ten', 'states8', 'plain'),
          ('the plain error above the ODE loss', 'plain', 'ode')],
-        'From the merged teachers, and, base-..., from the base; these, but for base-ours, and '
-        'flow-group, flow-paper and flow-code are scored at their ends alone. plain, ode, sde and '
+        'From the merged teachers, and, base-..., from the base. plain, ode, sde and '
         'flow-... have ten steps, of which the last is not learned from, as DiffusionOPD and '
         'Flow-OPD released them, and 17 samples of nine states each (flow-group and flow-paper: '
         '32, in groups of four); plain is the error of danceopd there, with fewer updates than '

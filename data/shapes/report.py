@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configurator import need
-from questions import ARMS, CEILINGS, ENDS, PICTURE, PILOTS, QUESTIONS, SCORED, SEEDS, SKILLS
+from questions import ARMS, CEILINGS, PICTURE, PILOTS, QUESTIONS, SCORED, SEEDS, SKILLS
 
 SHARE = 0.9                             # of a teacher's score: it is held
 NEAR = '\n\nA crossing is as sharp as a score: close to the line a run may be on its other side.'
@@ -104,15 +104,14 @@ def end_only(run, seed, found):
     """Is its end enough? So of a run that is there to choose the best of several rates, and of
     pilots."""
     name, _, rate = run.partition('@')
-    pilot = name in ENDS or not any(
-        name in q.arms for k, q in QUESTIONS.items() if k not in PILOTS)
+    pilot = not any(name in q.arms for k, q in QUESTIONS.items() if k not in PILOTS)
     return pilot or bool(rate) and seed == 0 and best_rate(name, found) != run
 
 
 def half_scored(run, seed, found):
-    """Was it on trial, and is it now the best?"""
+    """Was its end enough, as of one on trial, and is it not any more?"""
     steps, points = found[run, seed]['steps'], found[run, seed]['points']
-    return '@' in run and not end_only(run, seed, found) and len(points) == 1 and steps > 1
+    return not end_only(run, seed, found) and len(points) == 1 and steps > 1
 
 
 def runs_of(name, found):
