@@ -78,7 +78,7 @@ sample_steps = 16
 score = ''                          # as a reward; asked in evaluations, never trained on
 eval_samples = 64
 DISTILLATION = '''teachers routes routes_per_step mixing teacher_offload rollout_guidance
-student_guidance states queries query anchor anchor_beta score_samples'''.split()
+student_guidance states queries query query_in anchor anchor_beta score_samples'''.split()
 OWN = collect(sys.modules[__name__])
 SETTINGS = tuple({**{k: v for k, v in shared.items() if k not in DISTILLATION}, **own}
                  for shared, own in zip(train_opd.SETTINGS, OWN))

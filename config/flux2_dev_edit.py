@@ -12,7 +12,6 @@ _make = ('python train_teacher.py config/teacher_flux2_klein_edit_sft.py {} '
 model = 'black-forest-labs/FLUX.2-dev'            # gated, not commercial
 family = 'Flux2Pipeline'
 resolution = 1024
-max_sequence_length = 512                         # the pipeline's: the padding is seen
 distilled_guidance = 4.0                          # the pipeline's; data is not guided: learned at 1
 base_storage = 'float8'                           # in bf16 the base alone is 64 GB
 teachers = [dict(name='local_edit', lora='out/flux2_local_edit', make=_make.format('', 'local')),
@@ -24,7 +23,8 @@ _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else
 data = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
 eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
-init_from = 'merge'                               # ours: the base can edit, and so can the mean
+init_from = 'merge'                               # ours: the base can edit, and so can the mean;
+                                                  # on Z-Image local was best, 5.75 to 4.19
 rank, alpha = 32, 32.0
 steps, drop_last = 16, 0                          # from here to max_steps DanceOPD's
 method, query = 'danceopd', 'low_noise'

@@ -4,14 +4,13 @@
 # (with config/teacher_global_edit.py before the --resolution for the second).
 # Memory: about 12 GB, 9 GB while words are encoded (computed, not measured: base in bf16 7.8 GB or
 # Qwen3 8 GB, adapters of rank 64 with their optimizer 2.2 GB, activations of 2560 tokens 1.5 GB).
-# Time: 500 steps of 8 samples are 42,000 forwards of 22 TFLOP, teachers included and a backward as
-# three: 3.5 hours at 80 TFLOP/s, with checkpointing's forwards again (computed).
+# Time: 500 steps of 8 samples are 34,000 forwards of 22 TFLOP, teachers included and a backward as
+# three: 2.9 hours at 80 TFLOP/s, with checkpointing's forwards again (computed).
 import os
 _make = 'python train_teacher.py config/teacher_flux2_klein_edit_sft.py --resolution=512'
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
 family = 'Flux2KleinPipeline'
 resolution = 512
-max_sequence_length = 512                         # the pipeline's: the padding is seen
 teachers = [dict(name='local_edit', lora='out/klein_local_edit', guidance=4.0, make=_make),
             dict(name='global_edit', lora='out/klein_global_edit', guidance=4.0,
                  make=_make.replace('.py --', '.py config/teacher_global_edit.py --'))]
@@ -27,7 +26,7 @@ alpha = 64.0
 rollout_guidance = student_guidance = 1.0         # guidance is learned, forwards are half
 steps, drop_last = 8, 0
 method = 'danceopd'
-query = 'low_noise'
+query = 'stratified'
 lr = 2e-4
 max_steps = 500
 batch_size = 8

@@ -10,7 +10,6 @@ _make = 'python train_teacher.py config/teacher_flux2_klein_edit_sft.py'
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
 family = 'Flux2KleinPipeline'
 resolution = 1024
-max_sequence_length = 512                         # the pipeline's: the padding is seen
 teachers = [dict(name='local_edit', lora='out/klein_local_edit', guidance=4.0, make=_make),
             dict(name='global_edit', lora='out/klein_global_edit', guidance=4.0,
                  make=f'{_make} config/teacher_global_edit.py')]
@@ -20,7 +19,8 @@ _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else
 data = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
 eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
-init_from = 'merge'                               # ours: the base can edit, and so can the mean
+init_from = 'merge'                               # ours: the base can edit, and so can the mean;
+                                                  # on Z-Image local was best, 5.75 to 4.19
 rank, alpha = 64, 64.0
 rollout_guidance = student_guidance = 1.0         # ours: guidance is learned, forwards are half
 steps, drop_last = 16, 0                          # from here to max_steps DanceOPD's

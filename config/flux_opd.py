@@ -8,7 +8,6 @@ _make = 'python train_teacher.py config/teacher_flux_dancegrpo.py'
 model = 'black-forest-labs/FLUX.1-dev'      # gated, not commercial: accept, then hf auth login
 family = 'FluxPipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 distilled_guidance = 3.5                    # the model card's
 teachers = [dict(name='base'),
             dict(name='pickscore', lora='out/flux_pickscore', make=_make),
@@ -17,7 +16,7 @@ teachers = [dict(name='base'),
                               '--out_dir=out/flux_clip')]
 routes = [dict(teacher='base', data='t2i'), dict(teacher='pickscore', data='aesthetic'),
           dict(teacher='clip', data='geneval')]
-routes_per_step = 1
+routes_per_step = 1                         # DanceOPD's; on the shapes 'sample' learned more
 data = ['data/examples/t2i.txt', 'data/examples/aesthetic.txt', 'data/examples/geneval.txt']
 eval_data = []                              # examples to try it; a run wants thousands
 

@@ -8,19 +8,19 @@ _make = 'python train_teacher.py config/teacher_kontext_edit_sft.py'
 model = 'black-forest-labs/FLUX.1-Kontext-dev'  # gated, not commercial: accept, then hf auth login
 family = 'FluxKontextPipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 distilled_guidance = 2.5                    # the model card's
 teachers = [dict(name='local_edit', lora='out/kontext_local_edit', make=_make),
             dict(name='global_edit', lora='out/kontext_global_edit',
                  make=f'{_make} config/teacher_global_edit.py')]
 routes = [dict(teacher=_k, data=_k) for _k in ('local_edit', 'global_edit')]
-routes_per_step = 1
+routes_per_step = 1                         # DanceOPD's; on the shapes 'sample' learned more
 _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
 data = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
 eval_data = [_p.replace('.csv', '_val.csv') for _p in data if 'omniedit' in _p]
 
-init_from = 'merge'                         # ours: here the base can edit, and so can the mean
-rank = 64                                   # ours: of 128 the optimizer alone takes 6 GB more
+init_from = 'merge'                         # ours: the base can edit, and so can the mean;
+                                            # on Z-Image local was best, 5.75 to 4.19
+rank = 64                                   # ours: of 128 all adapters take 5 GB more
 alpha = 64.0
 steps, drop_last = 16, 0                    # from here to lr DanceOPD's
 method = 'danceopd'

@@ -7,7 +7,6 @@
 model = 'Qwen/Qwen-Image'                         # Apache 2.0
 family = 'QwenImagePipeline'
 resolution = 1024
-max_sequence_length = 512                         # the pipeline's; at most 1024
 teachers = [dict(name='base', guidance=4.0)]      # the pipeline's own true_cfg_scale
 routes = [dict(teacher='base', data='t2i')]
 data = ['data/examples/t2i.txt']                  # 30 prompts, to try it; a run wants thousands

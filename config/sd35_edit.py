@@ -1,6 +1,6 @@
 # DanceOPD (2606.27377) on SD3.5-medium: a local-edit and a global-edit teacher into one student.
 # Its teachers are not published; two commands make your own, and then this file runs as it stands:
-#     python data/omniedit/prepare.py          or nothing: then it is 16 drawn pairs, to try it
+#     python data/omniedit/prepare.py --limit=2000    or nothing: then it is 16 drawn pairs
 #     python train_teacher.py config/teacher_sd35_edit_sft.py
 #     python train_teacher.py config/teacher_sd35_edit_sft.py config/teacher_global_edit.py
 #     torchrun train_opd.py config/sd35_edit.py

@@ -1,7 +1,7 @@
 # Flow-OPD (2605.08063) as released, with Flow-GRPO's public teachers: the KL to the routed teacher
 # under a PPO ratio, held near the base (MAR), from the merged teachers. What the paper writes is
 # reward = 'paper', nothing but noise; the policy gradient that is right, and needs no group, is
-#     --reward=k1 --kl_var=true --adv_clip=1000 --group_size=1
+#     --reward=k1 --kl_var=true --adv_clip=1000 --group_size=1     (on the shapes it learned less)
 # Memory, computed, not measured: 24 GB (base 5 GB, adapters 1 GB, activations of 16 samples with
 # guidance). Base and teachers are public: this one runs as it is.
 model = 'stabilityai/stable-diffusion-3.5-medium'  # gated: accept its licence, then hf auth login

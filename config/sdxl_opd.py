@@ -26,7 +26,7 @@ rank, alpha = 64, 64.0
 steps, drop_last = 20, 0
 rollout_guidance = student_guidance = 5.0
 method = 'danceopd'
-query = 'low_noise'
+query = 'stratified'
 betas = [0.9, 0.999]
 lr = 1e-4
 max_steps = 2000

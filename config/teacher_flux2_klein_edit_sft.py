@@ -8,7 +8,6 @@ import os
 model = 'black-forest-labs/FLUX.2-klein-base-4B'  # Apache 2.0
 family = 'Flux2KleinPipeline'
 resolution = 1024
-max_sequence_length = 512                         # the pipeline's: the padding is seen
 method = 'sft'
 _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
 data = [f'{_folder}/local_edit.csv']              # 8 drawn pairs, to try it, until there are more

@@ -7,7 +7,6 @@
 model = 'black-forest-labs/FLUX.1-dev'      # gated, not commercial: accept, then hf auth login
 family = 'FluxPipeline'
 resolution = 720                            # published, down to weight_decay, but for what is ours
-max_sequence_length = 512                   # the pipeline's
 distilled_guidance = 3.5                    # the model card's
 method = 'grpo'
 data = ['data/examples/aesthetic.txt']      # ours: 24 prompts, to try it; thousands are wanted

@@ -6,7 +6,6 @@ import os
 model = 'black-forest-labs/FLUX.1-Kontext-dev'  # gated, not commercial: accept, then hf auth login
 family = 'FluxKontextPipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 distilled_guidance = 1.0                    # pictures of data are not guided ones; afterwards
 method = 'sft'                              # it is asked with 2.5, as the base was
 _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'

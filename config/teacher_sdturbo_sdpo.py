@@ -1,5 +1,5 @@
 # SDPO (2411.11727) on SD-Turbo: a reward learned without losing the few steps. Published with
-# stochastic DDIM (eta 1); here the noise is that of a flow's step. The release's `log_scale`, a
+# stochastic DDIM (eta 1); Flow-CPS keeps a state's scale as DDIM does. The release's `log_scale`, a
 # factor on changes of the log-probability, is left out: there it is 1, but its log-probabilities
 # are not those of a flow's step. Rewards that need an environment of their own can be served.
 # Memory, computed, not measured: 12 GB (base in bf16 2 GB, adapter 0.2 GB, PickScore 4 GB, the
@@ -17,8 +17,7 @@ rank = 32                                   # ours, down to eta
 alpha = 32.0
 steps = sample_steps = 4                    # as the model is used; the release trains 50
 drop_last = 1                               # DDIM's last step has no noise either
-sde = 'dance'
-eta = 0.3
+sde, eta = 'cps', 0.8                       # 95 % of the noise is new
 guidance = 1.0                              # published: the model takes none
 group_size = 2                              # from here to adv_clip as published
 same_noise = True

@@ -7,7 +7,6 @@ import os
 model = 'Tongyi-MAI/Z-Image-Omni-Base'      # announced; not out when this was written
 family = 'ZImageOmniPipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 method = 'sft'                              # 8 drawn pairs, to try it, until there are more
 _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
 data = [f'{_folder}/local_edit.csv']

@@ -5,7 +5,6 @@
 model = 'Tongyi-MAI/Z-Image-Turbo'
 family = 'ZImagePipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 method = 'sdpo'
 data = ['data/examples/aesthetic.txt']      # 24 prompts, to try it; a run wants thousands
 eval_data = []

@@ -10,7 +10,6 @@ _make = 'python train_teacher.py config/teacher_zimage_edit_sft.py'
 model = 'Tongyi-MAI/Z-Image-Omni-Base'      # announced; not out when this was written
 family = 'ZImageOmniPipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 teachers = [dict(name='local_edit', lora='out/zimage_local_edit', make=_make),
             dict(name='global_edit', lora='out/zimage_global_edit',
                  make=f'{_make} config/teacher_global_edit.py')]

@@ -6,14 +6,13 @@ import os
 model = 'Tongyi-MAI/Z-Image-Omni-Base'      # announced; not out when this was written
 family = 'ZImageOmniPipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 teachers = [dict(name='base'),
             dict(name='edit', lora='out/zimage_both_edits',
                  make='python train_teacher.py config/teacher_zimage_edit_sft.py '
                       'config/teacher_both_edits.py')]
 routes = [dict(teacher='base', data='t2i', weight=2.0),  # as many steps as both kinds of edits
           dict(teacher='edit', data='local_edit'), dict(teacher='edit', data='global_edit')]
-routes_per_step = 1
+routes_per_step = 1                         # DanceOPD's; on the shapes 'sample' learned more
 _folder = 'data/omniedit' if os.path.isfile('data/omniedit/local_edit.csv') else 'data/examples'
 _pairs = [f'{_folder}/local_edit.csv', f'{_folder}/global_edit.csv']
 data = ['data/examples/t2i.txt', *_pairs]   # 30 prompts, to try it; a run wants thousands

@@ -10,7 +10,6 @@ _make = 'python train_teacher.py config/teacher_zimage_turbo_sdpo.py'
 model = 'Tongyi-MAI/Z-Image-Turbo'
 family = 'ZImagePipeline'
 resolution = 1024
-max_sequence_length = 512                   # the pipeline's
 teachers = [dict(name='base'),
             dict(name='pickscore', lora='out/zimage_turbo_pickscore', make=_make),
             dict(name='clip', lora='out/zimage_turbo_clip',

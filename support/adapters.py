@@ -2,7 +2,7 @@
 Adapter files: find and read them, whichever tool wrote them (docs/adapters.md). Every key of a file
 has to be understood: loaders that skip what they do not expect give a teacher that equals the base.
 """
-import contextlib, json, os, pathlib, re, subprocess, sys
+import contextlib, functools, json, os, pathlib, re, subprocess, sys
 
 import safetensors
 
@@ -79,6 +79,7 @@ def chosen(names, where):
     return name
 
 
+@functools.cache                                               # a run asks more than once
 def _fetch(repo, sub):
     import huggingface_hub as hub                              # the rest works without
     names, file = [], '*.safetensors'

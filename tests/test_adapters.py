@@ -465,14 +465,16 @@ def test_hub(tmp_path, monkeypatch):
     many = ['a.safetensors', 'b.safetensors', 'README.md', *(f'{at}/{k}' for k in more)]
     monkeypatch.setattr(hub, 'list_repo_files', lambda repo: many)
     asked.clear()
-    with pytest.raises(BadInput, match='owner-x/repo holds a.safetensors, b.safetensors; name one'):
-        merge_lora.find('owner-x/repo')
+    with pytest.raises(BadInput, match='owner-y/repo holds a.safetensors, b.safetensors; name one'):
+        merge_lora.find('owner-y/repo')
     assert not asked                           # nothing was fetched
-    assert merge_lora.find(f'owner-x/repo/{at}') == tmp_path / at / merge_lora.FILES[0]
+    assert merge_lora.find(f'owner-y/repo/{at}') == tmp_path / at / merge_lora.FILES[0]
     assert asked[0][1] == [f'{at}/{merge_lora.FILES[0]}', f'{at}/adapter_config.json']
-    with pytest.raises(BadInput, match='owner-x/repo/none.*by hand'):
-        merge_lora.find('owner-x/repo/none')
+    asked.clear()
+    assert merge_lora.find(f'owner-y/repo/{at}') and not asked  # a run asks the hub once
+    with pytest.raises(BadInput, match='owner-y/repo/none.*by hand'):
+        merge_lora.find('owner-y/repo/none')
     monkeypatch.setattr(hub, 'list_repo_files', fails)
     monkeypatch.setattr(hub, 'snapshot_download', fails)
-    with pytest.raises(BadInput, match='owner-x/repo .*no network.*by hand.*hf auth login'):
-        merge_lora.find('owner-x/repo')
+    with pytest.raises(BadInput, match='owner-y/repo .*no network.*by hand.*hf auth login'):
+        merge_lora.find('owner-y/repo')
