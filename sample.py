@@ -61,6 +61,13 @@ SETTINGS = collect(sys.modules[__name__])
 SHEET = 32                          # prompts that grid.png shows
 
 
+def native(family, configs):
+    """The size in pixels for which a model was made."""
+    net, vae = configs.get(family.prefix if family else '', {}), configs.get('vae', {})
+    known = (net.get('sample_size') or 0) * 2 ** (len(vae.get('block_out_channels', [0] * 4)) - 1)
+    return known or 1024
+
+
 def fill(c, run):
     """What was not given: from the run, else from the model's configs, which are returned with
     the family and its pipeline's name."""
@@ -69,9 +76,8 @@ def fill(c, run):
     same = c.model in ('', run.get('model'))
     c.model, c.family = c.model or run['model'], c.family or run.get('family', '') * same
     family, _, configs = found = peek(c.model, FAMILIES, c.family)
-    net, vae = configs.get(family.prefix if family else '', {}), configs.get('vae', {})
-    known = (net.get('sample_size') or 0) * 2 ** (len(vae.get('block_out_channels', [0] * 4)) - 1)
-    c.resolution = pixels(run.get('resolution') or known or 1024)
+    c.resolution = pixels(run.get('resolution') or native(family, configs))
+    c.guessed = not (run.get('resolution') or configs)         # a hub id's configs come with it
     c.steps = c.steps or (4 if c.verify else run.get('sample_steps', 28))
     c.max_sequence_length = c.max_sequence_length or run.get('max_sequence_length', 0)
     told = dict(guidance=run.get('rollout_guidance', 1.0),
@@ -115,6 +121,10 @@ def open_models(c, adapter, rows):
     """(models, the name by which the adapter, or the bare base, is asked)."""
     field = open_field(c.model, c.dtype, launch(c.device, not c.verify).device, c.family,
                        c.max_sequence_length, c.distilled_guidance, c.base_storage)
+    if c.guessed:
+        h, w = pixels(native(type(field), field.configs))
+        for s in rows:
+            s.size = c.height or h, c.width or w
     check_samples(type(field), type(field.pipe).__name__, field.configs, rows)
     models = Models(field)
     if not adapter:

@@ -47,7 +47,7 @@ device = ''                         # '': cuda if there is one, else cpu; or by 
 resolution: int | list = 24         # pixels, or [height, width]; a route may have its own
 max_sequence_length = 0             # text tokens; 0: as many as the family's pipeline takes
 distilled_guidance = 3.5            # FLUX's embedded guidance (dev 3.5, Kontext 2.5)
-cache_gb = 4.0                      # of prompts' embeddings that are kept in memory
+cache_gb = 4.0                      # of prompts' embeddings, in the memory of each process
 # teachers: a lora, or a checkpoint of full weights, or neither: the base. guidance: 1.0 is none;
 # make: a command, told if the weights are not there; weight: for mixing = 'soft'
 teachers = [

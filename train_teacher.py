@@ -244,6 +244,7 @@ def grpo(samples, models, c):
             for t in everyone]
     for t, job in zip(everyone, jobs):
         t.rewards = torch.stack(job.result())                  # (rewards, B)
+        del t.v                                                # memory: logp has what it said
         judges.note(t.batch, t.rewards)
     stds = [None] * len(judges.weights)
     if c.global_std:                                           # of all updates and processes
@@ -313,6 +314,7 @@ def dual_states(t, models, c):
     predicted from the noise that a pair begins with cannot tell the two apart.)"""
     later = [t.z[i] - t.sigmas[i] * t.v[i] for i in range(1, len(t.v))]
     t.clean = torch.stack([*later, last_clean(t, models, c)])
+    del t.v                                                    # memory
     n, first = len(t.clean), torch.zeros(len(t.batch), dtype=torch.long)
     t.asked = [first, first + n - 1] if n > 1 else [first]
     if n > 2:

@@ -18,8 +18,8 @@ routes_per_step = 'all'                     # one update from all tasks
 data = ['data/examples/aesthetic.txt', 'data/examples/ocr.txt', 'data/examples/geneval.txt']
 eval_data = []                              # ours: 24 prompts each, to try it; thousands are wanted
 
-init_from = 'merge'                         # ours, for it is not said; on the shapes the
-                                            # base learned far less
+init_from = 'merge'                         # ours; the code's is 'base', from which the
+                                            # shapes learned far less
 rank, alpha = 32, 64.0
 steps, drop_last = 10, 1                    # 9 of the 10 are trained, as by the release
 eta = 0.0                                   # the ODE: published as faster

@@ -32,12 +32,16 @@ def mend(e):
         return 2, str(e)
     if isinstance(e, OSError) and e.strerror:          # a disk, a right, a file that went away
         return 2, f'{e.filename}: {e.strerror}' if e.filename else e.strerror
-    if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' \
-            or "can't allocate memory" in str(e):
+    if no_memory(e):
         why = (str(e).strip() or 'no memory is left').splitlines()[0]
         return 2, f'out of memory: {why[:300]}; lower micro_batch (sample.py: ' \
                   'batch_size) or the size of pictures (docs/memory.md)'
     return 1, ''
+
+
+def no_memory(e):
+    return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' \
+        or "can't allocate memory" in str(e)
 
 
 def first():

@@ -530,7 +530,9 @@ def draw_pairs(buckets, folder):
     for name, bucket in buckets.items():
         if bucket.sources:
             rows = [*itertools.islice((r for r in bucket if r['source_image']), 8)]
-            size = picture_size(rows[0]['source_image'])[::-1]
+            width, height = picture_size(rows[0]['source_image'])
+            shrink = min(1, 512 / max(height, width))          # photographs are large
+            size = round(height * shrink), round(width * shrink)
             pairs = [shown(rows, k, size) for k in ('source_image', 'target_image')]
             grid([*zip(*pairs)], folder / f'data_{name}.png', [r['prompt'] for r in rows],
                  ['source', 'target'])

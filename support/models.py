@@ -4,7 +4,7 @@ full weights; prompts' embeddings. How these are loaded and kept; train_opd.py s
 """
 import copy, itertools, math, os, sys, warnings
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import merge_lora
 from configurator import BadInput, need
+from support.ending import no_memory
 from support.files import UNUSED, load_function, model_configs, one_line
 from support.renames import renamed
 
@@ -125,6 +126,7 @@ def open_pipeline(path, index, pipeline, dtype='float32', device='cpu'):
     except BadInput:
         raise
     except Exception as e:                                     # of a broken folder, whatever comes
+        pass_on(e)
         raise BadInput(f'model {path} does not load as a {pipeline}: '
                        f'{one_line(e) or type(e).__name__}. Fetch it again with `hf download`; a '
                        'gated one needs its licence accepted and `hf auth login`') from e
@@ -141,6 +143,7 @@ def open_encoder(kind, path, name, dtype):
             path, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True)
     except Exception as e:                                     # of a broken file, whatever comes
+        pass_on(e)
         raise ValueError(f'its {name}: {one_line(e) or type(e).__name__}') from e
     for what, found in (('lack', info['missing_keys']),
                         ('have other shapes for', info['mismatched_keys'])):
@@ -381,12 +384,15 @@ class Network:
         field = self.full.get(who, self.field)
         waits = self.offload and who in self.full
         if waits:
+            own = [(p, p.data) for p in field.net.parameters()]
             field.net.to(field.device)
         try:
             yield field
         finally:
             if waits:
-                field.net.to('cpu')
+                for p, kept in own:                            # it is frozen: no way back is needed
+                    p.data = kept
+                field.net.to('cpu')                            # and its buffers
 
     def fit(self, adapter, what):
         """An adapter's tensors under this net's names; all must land."""
@@ -407,14 +413,32 @@ class Network:
             p.requires_grad_('.student.' in n)
 
 
+def load_net(kind, path, field):
+    """A network, which may stand alone or in a whole pipeline."""
+    options = dict(dtype=field.dtype, use_safetensors=True)
+    at = {} if (Path(path) / 'config.json').exists() else dict(subfolder=field.prefix)
+    try:
+        return kind.from_pretrained(path, **at, **options)
+    except OSError:
+        if at and not os.path.isdir(path):
+            with suppress(OSError):                            # of a hub id, at its root
+                return kind.from_pretrained(path, **options)
+        raise
+
+
+def pass_on(e):
+    """Too little memory is no broken file."""
+    if no_memory(e):
+        raise e
+
+
 def open_full(path, field, small=False):
     """A teacher's network of full weights, on the CPU: the field's kind, and not the base."""
     own, path = field.net, os.path.expanduser(path)
-    alone = (Path(path) / 'config.json').exists()              # the network, or a whole pipeline
     try:
-        net = type(own).from_pretrained(path, subfolder=None if alone else field.prefix,
-                                        dtype=field.dtype, use_safetensors=True)
+        net = load_net(type(own), path, field)
     except Exception as e:
+        pass_on(e)
         raise BadInput(f'checkpoint {path} could not be loaded as a {type(own).__name__}: give a '
                        'diffusers folder or hub id of the same family. It said: '
                        f'{str(e)[:300]}') from e

@@ -52,14 +52,16 @@ def launch(device='', tf32=True):
 
 
 class Stop:
-    """SIGTERM or Ctrl-C. While a step is learned it is only noted (`asked`), and the loop ends with
-    a checkpoint; at any other time, or at a second Ctrl-C, the run ends at once: nothing is lost.
-    (SIGTERM comes twice where a cluster tells a process and torchrun too. No code that catches its
-    own errors takes a KeyboardInterrupt for one of them.)"""
+    """SIGTERM, Ctrl-C, or a terminal that closes (but for nohup). While a step is learned it is only
+    noted (`asked`), and the loop ends with a checkpoint; at any other time, or at a second Ctrl-C,
+    the run ends at once: nothing is lost. (SIGTERM comes twice where a cluster tells a process and
+    torchrun too. No code that catches its own errors takes a KeyboardInterrupt for one of them.)"""
 
     def __init__(self):
         self.asked, self.busy, self.saved = False, False, ''
-        self.before = {k: signal.signal(k, self.hear) for k in (signal.SIGTERM, signal.SIGINT)}
+        hung_up = [signal.SIGHUP][signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:]
+        heard = signal.SIGTERM, signal.SIGINT, *hung_up
+        self.before = {k: signal.signal(k, self.hear) for k in heard}
 
     def hear(self, number, frame):
         if not self.busy or self.asked and number == signal.SIGINT:

@@ -130,11 +130,14 @@ def derived(models):
     if models.small and not getattr(models.field.net, 'is_gradient_checkpointing', False):
         yield 'WARNING', ('without grad_checkpointing a forward with gradient keeps its layers '
                           'in 16 bits as well')
+    for name in models.full if models.small else ():
+        yield 'WARNING', (f'teacher {name}: full weights are rounded to 8 bits for themselves; '
+                          'what little makes them differ may drown in that (docs/memory.md)')
     if (words := models.prompts).lacks:
         held = sum(p.nbytes for m in models.encoders() for p in m.parameters()) / 1e9
         yield 'words', (f'up to {words.lacks / 1e9:.1f} GB of embeddings do not fit in cache_gb = '
-                        f'{words.most / 1e9:g}: the encoders, {held:.1f} GB in each process, stay '
-                        'in its memory, and visit the device now and then')
+                        f'{words.most / 1e9:g} of each process: its encoders, {held:.1f} GB, stay '
+                        "in the computer's memory, and visit the device now and then")
     for name, gb in models.gigabytes.items():
         yield f'teacher {name}', f'{gb:.4f} GB'
     for name in sorted(models.adapters - {'student'}):

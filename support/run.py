@@ -31,7 +31,8 @@ class Folder:
         self.c, self.world, self.out, self.first = c, world, Path(c.out_dir), 0
         self.state, self.kept, self.stills = [], list, {}
         self.log = Log(self.out / 'log.jsonl', world)
-        paths = {t['name']: t.get('lora') or t.get('checkpoint') or c.model for t in teachers}
+        paths = {'base': c.model}
+        paths |= {t['name']: t.get('lora') or t.get('checkpoint') or c.model for t in teachers}
         found = {t['name']: merge_lora.find(t['lora']) for t in teachers if t.get('lora')}
         if c.init_from not in STARTS:                          # is it there, on the hub as well?
             merge_lora.find(c.init_from)
@@ -95,8 +96,7 @@ class Folder:
     def owes_evaluation(self):
         """Is the step that this run begins with one to evaluate, which the log has not yet?"""
         due = self.first % self.c.eval_every == 0 or self.first == self.c.max_steps
-        done = any(e['step'] == self.first and 'lr' not in e for e in self.log.history)
-        return due and not done
+        return due and not any(e['step'] == self.first and 'lr' not in e for e in self.log.history)
 
     def draw(self, step, lines, heads):
         """Lines of (caption, picture, picture, ...) as a picture of the step."""
@@ -104,6 +104,7 @@ class Folder:
             captions, *columns = zip(*lines)
             grid([*zip(*columns)], self.out / 'samples' / f'step_{step:06d}.png', captions, heads)
             self.curves()
+        gather(self.world, [])                                 # at a stop nobody waits in vain
 
     def curves(self):
         gaps = sorted({k for e in self.log.history for k in e if k.startswith('gap/')})
@@ -207,10 +208,13 @@ def read_meta(path):
 
 def sha256(path):
     """Of a file, or of all the weight files of a folder; '' of nothing that is here."""
-    path, h = Path(path), hashlib.sha256()
+    path, h = Path(path).expanduser(), hashlib.sha256()
     # of a pipeline, the denoiser
     path = next((path / k for k in ('transformer', 'unet') if (path / k).is_dir()), path)
-    for f in [path] if path.is_file() else sorted(path.rglob('*.safetensors')):
+    files = [path] if path.is_file() else sorted(path.rglob('*.safetensors'))
+    if path.name == merge_lora.FILES[1]:                       # its scale stands beside it
+        files.append(path.with_name('adapter_config.json'))
+    for f in files:
         with open(f, 'rb') as g:
             while some := g.read(1 << 22):
                 h.update(some)

@@ -134,7 +134,7 @@ def _world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _signals():
     """A run that does not end well leaves its own answers to signals; the tests' are put back."""
-    before = {k: signal.getsignal(k) for k in (signal.SIGTERM, signal.SIGINT)}
+    before = {k: signal.getsignal(k) for k in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for k, answer in before.items():
         signal.signal(k, answer)

@@ -176,6 +176,12 @@ def test_pairs_are_drawn_of_a_bucket_that_begins_with_words(world, tmp_path):
     files.draw_pairs({'mixed': bucket}, tmp_path / 'x')
     with Image.open(tmp_path / 'x' / 'data_mixed.png') as im:
         assert im.height > 100
+    noise((1500, 3000)).save(tmp_path / 'large.png')           # photographs are drawn smaller
+    large = dict.fromkeys(('source_image', 'target_image'), str(tmp_path / 'large.png'))
+    bucket = type('Mixed', (list,), dict(sources=1))([dict(prompt='x', **large)])
+    files.draw_pairs({'large': bucket}, tmp_path / 'x')
+    with Image.open(tmp_path / 'x' / 'data_large.png') as im:
+        assert 512 < im.height < 700 and 512 < im.width < 700
 
 
 def test_a_bomb_is_not_decoded(tmp_path):

@@ -25,6 +25,28 @@ def test_a_whole_folder_opens(folder):
     assert type(T.open_field(str(folder))) is T.SD3
 
 
+def test_a_hub_id_may_be_of_a_network_alone():
+    class Net:
+        @staticmethod
+        def from_pretrained(path, subfolder=None, **options):
+            if (path, subfolder) not in (('a/net', None), ('a/pipe', 'transformer')):
+                raise OSError(f'{path} has no {subfolder}')
+            return path
+    of = SimpleNamespace(dtype=torch.float32, prefix='transformer')
+    assert [M.load_net(Net, k, of) for k in ('a/net', 'a/pipe')] == ['a/net', 'a/pipe']
+    with pytest.raises(OSError, match='a/other has no transformer'):
+        M.load_net(Net, 'a/other', of)
+
+
+def test_too_little_memory_is_no_broken_model(folder, monkeypatch):
+    import diffusers
+    def fails(*a, **k):
+        raise MemoryError('can not allocate')
+    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, 'from_pretrained', fails)
+    with pytest.raises(MemoryError):
+        T.open_field(str(folder))
+
+
 @pytest.mark.parametrize('part', ['text_encoder', 'text_encoder_3'])
 def test_a_text_encoder_that_lacks_a_tensor_is_refused(part, folder, tmp_path):
     model = copied(folder, tmp_path)

@@ -37,6 +37,19 @@ def test_a_cluster_says_sigterm_twice_and_ctrl_c_twice_ends_at_once():
         stop.over()
 
 
+def test_a_closed_terminal_stops_a_run_unless_it_is_to_stay():
+    from support.processes import Stop
+    for before, heard in (signal.SIG_DFL, True), (signal.SIG_IGN, False):
+        signal.signal(signal.SIGHUP, before)
+        stop = Stop()
+        stop.busy = True
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            stop.over()
+        assert stop.asked == heard and signal.getsignal(signal.SIGHUP) == before
+
+
 def launched(tmp_path, jobs):
     """Runs one after the other, in two processes that torchrun starts."""
     (tmp_path / 'both.py').write_text(BOTH)

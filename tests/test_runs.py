@@ -168,16 +168,28 @@ def test_another_run_is_not_written_over(world, tmp_path):
     meta = out / 'step_000001' / 'meta.json'
     text = meta.read_text()
     other = json.loads(text)
-    other['teachers']['one']['sha256'] = 'another'
-    meta.write_text(json.dumps(other))
-    with pytest.raises(BadInput, match='"one" .*, now whose weights have changed since'):
-        run(T.main, [*argv, '--init_from=resume'])
+    for name in 'one', 'base':                                 # the base, though no teacher is it
+        changed = copy.deepcopy(other)
+        changed['teachers'][name]['sha256'] = 'another'
+        meta.write_text(json.dumps(changed))
+        with pytest.raises(BadInput, match=f'"{name}" .*, now whose weights have changed since'):
+            run(T.main, [*argv, '--init_from=resume'])
     meta.write_text(text)
     after = listing(out)
     assert {k: x for k, x in after.items() if k != '.lock'} == {
         k: x for k, x in before.items() if k != '.lock'}
     with pytest.raises(BadInput, match='nothing has no whole checkpoint to resume from'):
         world.distil(tmp_path / 'nothing', init_from='resume')
+
+
+def test_an_adapters_scale_is_part_of_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    random_lora(tmp_path / 'a', 1)
+    file, config = tmp_path / 'a' / merge_lora.FILES[1], tmp_path / 'a' / 'adapter_config.json'
+    before = R.sha256(file), R.sha256(tmp_path / 'a' / merge_lora.FILES[0])
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    after = R.sha256(file), R.sha256('~/a/' + merge_lora.FILES[0])
+    assert before[0] != after[0] and before[1] == after[1] != ''
 
 
 def test_a_folder_has_one_run_at_a_time(world, tmp_path):

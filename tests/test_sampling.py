@@ -142,6 +142,16 @@ def test_what_is_given_wins_over_the_run(tmp_path):
     assert checked('--model=owner/repo', '--family=FluxPipeline', one)[1] == {'all': (1024, 1024)}
 
 
+def test_the_size_of_a_hub_id_is_known_when_its_configs_are(monkeypatch):
+    opened = train_opd.open_field(BASE)
+    monkeypatch.setattr(sample, 'open_field', lambda *a: opened)
+    for word, size in ('--seed=0', (24, 24)), ('--width=48', (24, 48)):
+        c = sample.configure(sample.SETTINGS, ['--model=owner/repo', '--prompt=x', word])
+        rows = sample.check(c)[2]
+        sample.open_models(c, {}, rows)
+        assert [s.size for s in rows] == [size]
+
+
 def test_a_routes_own_size(tmp_path):
     data, routes = [f'data/shapes/{k}_val.csv' for k in ('t2i', 'count', 'open')], [
         dict(data='count', size=[24, 48]), dict(data='t2i', size=[24, 24])]
