@@ -86,7 +86,7 @@ queries = 1                         # danceopd: states of a rollout that are lea
 query = 'stratified'                # danceopd: one of QUERIES below (DanceOPD 'low_noise')
 query_in = 'steps'                  # where the rule's place is looked up: one of PLACES below
 kl_var = 'true'                     # 'code': an SDE's std^2 without the step's length, as released
-drop_last = 1                       # last steps that are not learned from (DiffusionOPD's code: 1)
+drop_last = 1                       # last steps not learned from (DiffusionOPD 1); 0 if not SD3
 reward = 'k1'                       # flowopd: one of REWARDS below
 group_size = 1                      # flowopd: samples of one prompt (16)
 updates = 1                         # flowopd: optimizer steps a rollout (2)
@@ -205,7 +205,7 @@ class Field:
     blocks = ()                         # classes of modules that are compiled one by one
     editors = ()                        # pipelines of it that edit a source picture
     takes_sigmas, words = True, 512     # set_timesteps takes them, else a number; text tokens
-    sees_source = False                 # its text encoder looks at an edit's source, and needs one
+    drop_last, sees_source = 0, False   # where nobody set it; its words are read beside a source
 
     @classmethod
     def unit(cls, configs):
@@ -288,7 +288,7 @@ class Field:
 class SD3(Field):
     """SD3, SD3.5. Editing: the clean source stands left of the noisy target in one wide picture (a
     diptych); a transformer with twice as many inputs as outputs gets it as channels instead."""
-    takes_sigmas, patch, words = False, 0, 256     # sigma_min is shifted twice: the last is .009
+    takes_sigmas, patch, words, drop_last = False, 0, 256, 1  # shifted twice, sigma ends at .009
     editors = ('StableDiffusion3Pipeline',)
     blocks = ('JointTransformerBlock',)
     targets = [f'attn.{k}' for k in ('to_q', 'to_k', 'to_v', 'to_out.0',

@@ -26,7 +26,7 @@ UNGUIDED = '; without guidance it is 1.0'              # 0 would be without the 
 MOST = dict(lr=1.0, weight_decay=1.0, rank=4096)       # beyond which nothing is learned but a typo
 # what a run has that nobody set, where the demonstration's own would mean nothing: with another
 # model. (DanceOPD's rate; the shapes' would tear a real model apart)
-ELSEWHERE = dict(eval_data=[], score='', init_from='merge', lr=2e-4)
+ELSEWHERE = dict(eval_data=[], score='', init_from='merge', lr=2e-4, drop_last=None)
 STARTS = 'base', 'merge', 'resume'                     # of init_from, which else names an adapter
 HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)+')             # owner/repo, or a folder in it
 # names that a config waits to have filled in
@@ -48,7 +48,8 @@ def own_settings(settings, argv):
     c = configure(settings, argv, given)
     for k, x in vars(c).items():
         check_texts(k, x)
-    kept = {'init_from'} if settings[0]['init_from'] in STARTS else set()    # a teacher's: base
+    teacher = settings[0]['init_from'] in STARTS               # from the base
+    kept = {'init_from', 'drop_last'} if teacher else set()
     same = os.path.normpath(c.model) == os.path.normpath(settings[0]['model'])
     for k in () if same else set(ELSEWHERE) - given - kept:
         setattr(c, k, ELSEWHERE[k])
@@ -309,6 +310,11 @@ def peek(path, families, family=''):
 def check(c, defaults, families, choices):
     """train_opd.py's."""
     names = check_teachers(c)                                  # first: a start may be one of them
+    if c.drop_last is None:
+        family, _, _ = peek(c.model, families, c.family)
+        need(family, f'{c.model} is not here: how many last steps are not learned from goes by its '
+             'family; set family, or drop_last')
+        c.drop_last = family.drop_last
     check_settings(c, defaults, choices)
     check_method(c, choices['method'][c.method].settings, choices['reward'])
     labels = check_routes(c, names)

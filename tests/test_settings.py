@@ -55,8 +55,23 @@ def test_only_what_nobody_set_goes_with_another_model(tmp_path):
     assert own('--model=elsewhere', f'--init_from={own().init_from}').init_from == own().init_from
     assert checks.own_settings(train_teacher.SETTINGS, ['--model=elsewhere']).init_from == 'base'
     assert own('--model=elsewhere', f'--score={own().score}').score == own().score
+    assert checks.own_settings(train_teacher.SETTINGS, ['--model=x']).drop_last == 1
     (tmp_path / 'c.py').write_text(f'eval_data = {own().eval_data!r}')
     assert own('--model=elsewhere', f'{tmp_path}/c.py').eval_data == own().eval_data
+
+
+@pytest.mark.parametrize('words, left', [
+    (['--family=StableDiffusion3Pipeline'], 1), (['--family=FluxPipeline'], 0),
+    (['--family=FluxPipeline', '--drop_last=1'], 1), (['--drop_last=2'], 2)])
+def test_a_family_says_which_steps_teach_nothing(words, left):
+    argv = ["--model=owner/repo", "--data=['data/examples/t2i.txt']", '--teachers=[dict(name="a")]',
+            '--routes=[dict(teacher="a",data="t2i")]', '--init_from=base', '--resolution=64', *words]
+    c = checks.own_settings(T.SETTINGS, argv)
+    checks.check(c, T.SETTINGS[0], T.FAMILIES, T.CHOICES)
+    assert c.drop_last == left
+    with pytest.raises(BadInput, match='owner/repo is not here: .*set family, or drop_last'):
+        c = checks.own_settings(T.SETTINGS, argv[:6])
+        checks.check(c, T.SETTINGS[0], T.FAMILIES, T.CHOICES)
 
 
 @pytest.mark.parametrize('script', [T, train_teacher], ids=['opd', 'teacher'])

@@ -98,6 +98,11 @@ def cost_of(r, c):
     return round(c.budget * arm_of(r).cost)
 
 
+def left_of(r, c):
+    """Of these, forwards that are still to come: some runs have only to be scored."""
+    return 0 if (folder_of(r, c) / 'done').exists() else cost_of(r, c)
+
+
 def minutes_of(r, c, found):
     """What a run will take on one thread, by what was measured."""
     if r.name in ('make-own', 'make-half'):
@@ -105,7 +110,7 @@ def minutes_of(r, c, found):
     one = arm_of(r).script == 'look' or reports.end_only(r.name, r.seed, found)
     points = 0 if r.name in MAKES else 1 if one else POINTS
     pictures = points * c.rows * len(arm_of(r).scored)
-    return (BEGIN + cost_of(r, c) * UNIT + pictures * PICTURE) / 60
+    return (BEGIN + left_of(r, c) * UNIT + pictures * PICTURE) / 60
 
 
 def say_all(c, found):
@@ -117,7 +122,7 @@ def say_all(c, found):
         total += minutes if r in todo else 0.0
         print(f'{r.name + "/" + str(r.seed):26s} {cost_of(r, c):10d} {minutes:8.1f}'
               f'{"" if r in todo else "  is there"}')
-    print(f'{len(todo)} runs to do: {sum(cost_of(r, c) for r in todo) / 1e6:.1f} million forwards '
+    print(f'{len(todo)} runs to do: {sum(left_of(r, c) for r in todo) / 1e6:.1f} million forwards '
           f'and the scores, {total / 60:.1f} h on one thread, {total / 60 / c.jobs:.1f} h with '
           f'--jobs={c.jobs}')
 
