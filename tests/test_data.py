@@ -168,6 +168,15 @@ def test_other_kinds_are_refused_by_what_they_are(kind, tmp_path):
             read(tmp_path / 'a.png')
 
 
+@pytest.mark.parametrize('size', [(48, 24), (24, 48)])
+def test_of_another_shape_the_middle_is_taken(size, tmp_path):
+    im, (w, h) = Image.new('RGB', size, 'red'), size
+    im.paste('blue', (w // 2 - 12, h // 2 - 12, w // 2 + 12, h // 2 + 12))
+    im.save(tmp_path / 'a.png')
+    x = files.load_image(tmp_path / 'a.png', 24, 24)
+    assert (x == torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1)).all()
+
+
 def test_pairs_are_drawn_of_a_bucket_that_begins_with_words(world, tmp_path):
     rows = [dict(prompt='a red circle', source_image='', target_image=''),
             *read_data([world.at / 'edits.csv'])[0]['edits']]

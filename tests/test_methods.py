@@ -221,7 +221,8 @@ def test_danceopds_loss_is_the_velocity_error_at_its_queries(models):
             assert len(own) == 2 and min(abs(want.item() / x - 1) for x in own) < 1e-4
 
 
-@pytest.mark.parametrize('more', [{}, dict(eta=0.7), dict(eta=0.7, kl_var='code', drop_last=1)])
+@pytest.mark.parametrize('more', [{}, dict(eta=0.7), dict(eta=0.7, kl_var='code', drop_last=1),
+                                  dict(eta=0.3, sde='dance')])
 def test_diffusionopds_loss_is_the_mean_kl_of_its_steps(more, models):
     c, samples, terms = terms_of('diffusionopd', models, **HELD, **more)
     n = 4 - more.get('drop_last', 0)
@@ -232,7 +233,7 @@ def test_diffusionopds_loss_is_the_mean_kl_of_its_steps(more, models):
         s, t = sigmas[i], sigmas[i + 1]
         v, one, two = said(models, samples, z, s.expand(4))
         if 'eta' in more:
-            means = [T.transition(z, x, s, t, 0.7) for x in (v, one, two)]
+            means = [T.transition(z, x, s, t, c.eta, c.sde) for x in (v, one, two)]
             own, *others = [Normal(*torch.broadcast_tensors(*m)) for m in means]
             kl = [kl_divergence(own, x).flatten(1).mean(1) for x in others]
             kl = [k * (s - t) if 'kl_var' in more else k for k in kl]
@@ -240,7 +241,26 @@ def test_diffusionopds_loss_is_the_mean_kl_of_its_steps(more, models):
             kl = [(t - s) ** 2 / 2 * mse(v, x) for x in (one, two)]
         torch.testing.assert_close(term.loss.detach(), (kl[0] + 0.5 * kl[1]) / n, rtol=1e-3,
                                    atol=1e-9)
-        z = T.advance(streams, z, v, s, t, c.eta)
+        z = T.advance(streams, z, v, s, t, c.eta, c.sde)
+
+
+def test_each_of_flowopds_updates_has_the_whole_loss_and_advantages_are_clipped(models):
+    def losses(**more):
+        _, _, terms = terms_of('flowopd', models, eta=0.7, **more)
+        return torch.stack([x for _, x in sorted(
+            (s.number, t.loss.detach()[j]) for t in terms for j, s in enumerate(t.batch))])
+    one, two = losses(), losses(updates=2)
+    assert len(one) == 16 and one.abs().max() > 1
+    torch.testing.assert_close(two.view(4, 4).sum(1), 2 * one.view(4, 4).sum(1),
+                               rtol=1e-3, atol=1e-3)
+    assert losses(adv_clip=0.1).abs().max() <= 0.1 / 4
+
+
+def test_a_rollout_has_its_own_guidance(models):
+    asked, watched = [], copy.copy(models)
+    watched.velocity = lambda who, *k: asked.append((who, *k[3:])) or models.velocity(who, *k)
+    terms_of('diffusionopd', watched, rollout_guidance=2.5, student_guidance=1.5)
+    assert asked.count(('student', 2.5)) == 3 and asked.count(('student', 1.5)) == 4
 
 
 @pytest.mark.parametrize('states', ['student', 'teacher', 'data'])
@@ -251,7 +271,7 @@ def test_a_step_that_is_left_out_is_neither_learned_from_nor_measured(states, wo
     monkeypatch.setattr(T.Models, 'target', lambda self, batch, z, sigma: (
         seen.update(round(x, 5) for x in sigma.tolist()), own(self, batch, z, sigma))[1])
     of_edits = dict(routes=[dict(teacher='two', data='edits')], query='uniform', states=states)
-    world.distil(tmp_path, steps=4, drop_last=1, max_steps=6, **of_edits)
+    world.distil(tmp_path, steps=4, drop_last=1, max_steps=6, eval_samples=4, **of_edits)
     sigmas = T.open_field(str(SHAPES / 'base')).sigmas(4, 24, 24).tolist()
     sigmas = [round(x, 5) for x in sigmas[:4]]
     assert {*sigmas[:3]} <= seen and not {sigmas[3], 0.25} & seen         # .25: of the rehearsal

@@ -44,6 +44,21 @@ def test_a_plan_depends_on_seed_and_step_alone(per_step):
     assert len({s['row'] for s in first}) > 1 and [s['number'] for s in first] == [*range(16)]
 
 
+@pytest.mark.parametrize('same', [False, True])
+def test_each_step_and_seed_has_noise_and_rows_of_its_own(same):
+    seen = [str(x) for step, seed in ((3, 0), (4, 0), (3, 1))
+            for s in planned(step, seed, same_noise=same) for x in streams(s)]
+    assert len(set(seen)) == len(seen) == 96
+    rows = [[s.row for s in planned(step)] for step in (3, 4)]
+    assert rows[0] != rows[1]
+
+
+def test_each_step_draws_queries_of_its_own():
+    c = SimpleNamespace(queries=1, query='uniform', query_in='steps', steps=16, drop_last=0, seed=0)
+    samples = [SimpleNamespace(step=i, number=0, slot=0, of=1) for i in range(400)]
+    assert {T.draw_queries(s, c, shifted(1.0, 16))[0] for s in samples} == {*range(16)}
+
+
 def test_any_number_of_processes_takes_the_same_samples():
     def taken(size):
         got = []
@@ -69,6 +84,7 @@ def test_routes_of_a_step():
     assert all(len({s.label for s in p}) == 1 for p in one)
     assert sum(route_of(p[0]) for p in one) / 400 == pytest.approx(0.75, abs=0.07)
     assert sum(route_of(s) for p in free for s in p) / 6400 == pytest.approx(0.75, abs=0.02)
+    assert {s.row for p in free for s in p if route_of(s) == 0} == {*range(50)}    # all its rows
     assert all([route_of(s) for s in p] == [0] * 8 + [1] * 8 for p in every)
     assert all(s.share == 1 / 16 for p in one[:20] + free[:20] for s in p)
     for p in every[:20]:                                       # by weight, not by samples

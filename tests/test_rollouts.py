@@ -115,8 +115,9 @@ def test_states_of_data_are_its_pictures_with_noise_added(models, world):
     assert (z - mean).std().item() == pytest.approx(std, rel=0.01)
 
 
-def test_a_trajectory_remembers_what_was_drawn(models):
-    batch, c = [sample_of(i) for i in range(3)], settings(eta=0.7, drop_last=1)
+@pytest.mark.parametrize('sde, eta', [('flow', 0.7), ('dance', 0.3), ('cps', 0.5)])
+def test_a_trajectory_remembers_what_was_drawn(sde, eta, models):
+    batch, c = [sample_of(i) for i in range(3)], settings(eta=eta, sde=sde, drop_last=1)
     models.prompts.condition(batch)
     t = T.trajectory(batch, models, c)
     assert t.z.shape[:2] == (4, 3) and t.v.shape[:2] == (3, 3)
@@ -125,7 +126,8 @@ def test_a_trajectory_remembers_what_was_drawn(models):
             sigma, sigma_next = t.sigmas[i].expand(3), t.sigmas[i + 1].expand(3)
             v = models.velocity('student', batch, t.z[i], sigma)
             torch.testing.assert_close(v, t.v[i])
-            mean, std = T.transition(t.z[i], v, T.col(sigma, v), T.col(sigma_next, v), 0.7)
+            mean, std = T.transition(t.z[i], v, T.col(sigma, v), T.col(sigma_next, v), eta,
+                                     sde)
             want = Normal(mean, std).log_prob(t.z[i + 1]).flatten(1).mean(1)
             torch.testing.assert_close(t.logp[i], want)
             noise = (t.z[i + 1] - mean) / std                  # drawn, and as large as it says
@@ -197,3 +199,11 @@ def test_pictures_are_the_same_in_any_number_of_processes(models, monkeypatch):
     for i, x in sum(sent, []):
         torch.testing.assert_close(x, whole[i], rtol=0, atol=1e-4)
         assert x.untyped_storage().nbytes() == x.nbytes        # nothing else is sent with it
+
+
+def test_the_gap_is_spread_over_the_steps_that_are_learned_from(models):
+    asked, watched = [], copy.copy(models)
+    watched.target = lambda b, z, s: asked.extend(s.tolist()) or models.target(b, z, s)
+    route = dict(data='x', size=(24, 24), teacher='one')
+    T.mean_gap(route, [ROW] * 8, watched, settings(seed=0, steps=5, drop_last=1), ALONE)
+    assert sorted(asked) == sorted(2 * models.sigmas([sample_of()], 5)[:4].tolist())

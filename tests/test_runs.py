@@ -308,3 +308,24 @@ def test_what_does_not_change_is_drawn_once_a_run(world, tmp_path, monkeypatch):
     assert seen.count('student') == 2 + 2 * 4                  # its start, and four times as it is
     assert len(list((out / 'samples').glob('step_*.png'))) == 4
     assert (out / 'samples' / 'data_edits.png').exists() and (out / 'loss.png').exists()
+
+
+# -------------------- what is measured
+def test_what_is_measured_is_what_is_saved(world, tmp_path):
+    """A run that begins with another's files begins with its numbers."""
+    score = dict(score=f'{world.at}/judges.py:bright', score_samples=3)
+    out = world.distil(tmp_path / 'run', max_steps=3, **score)
+    again = result(world.distil(tmp_path / 'again', init_from=str(out), max_steps=1, **score))
+    for k, was in result(out).items():
+        assert again[k]['gap_before'] == pytest.approx(was['gap_after'], rel=1e-3)
+        assert again[k]['start'] == pytest.approx(was['student'], rel=1e-4)
+
+
+def test_in_the_table_a_teacher_has_its_own_guidance(world, tmp_path, monkeypatch):
+    heard, own = set(), T.pictures
+    monkeypatch.setattr(T, 'pictures', lambda who, batch, models, n, w: heard.add((who, w)) or own(
+        who, batch, models, n, w))
+    world.distil(tmp_path / 'run', teachers=[dict(name='one', lora=world.one, guidance=3.0)],
+                 routes=[dict(teacher='one', data='words')], rollout_guidance=1.5, steps=1,
+                 max_steps=1, score='jpeg', score_samples=1)
+    assert heard == {('base', 1.5), ('one', 3.0), ('student', 1.5)}

@@ -135,8 +135,9 @@ def test_what_is_given_wins_over_the_run(tmp_path):
     c, sizes = checked(f'--ckpt={run}', one, '--height=48', '--width=24', '--steps=9',
                        '--guidance=2.5', '--max_sequence_length=8')
     assert (c.steps, c.guidance, c.max_sequence_length, sizes) == (9, 2.5, 8, {'all': (48, 24)})
-    teacher = some_run(tmp_path / 'teacher', rollout_guidance=4.5)
-    assert checked(f'--ckpt={teacher}', one)[0].guidance == 4.5
+    teacher = some_run(tmp_path / 'teacher', rollout_guidance=4.5, distilled_guidance=2.5)
+    c, _ = checked(f'--ckpt={teacher}', one)
+    assert (c.guidance, c.distilled_guidance) == (4.5, 2.5)
     c, sizes = checked(f'--model={BASE}', one)                 # size from the model's own configs
     assert (c.steps, c.guidance, sizes) == (28, 1.0, {'all': (24, 24)})
     assert checked('--model=owner/repo', '--family=FluxPipeline', one)[1] == {'all': (1024, 1024)}

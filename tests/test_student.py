@@ -237,3 +237,23 @@ def test_checkpointing_learns_the_same(world, tmp_path):
                     for k in (False, True))
     a, b = first_gradient(plain), first_gradient(again)
     assert (a - b).norm() < 1e-5 * a.norm()
+
+
+# -------------------- in a run
+def test_a_run_steps_at_its_rate(world, tmp_path):
+    """As the optimizer had it; and that is what the log says."""
+    more = dict(lr_schedule='cosine', warmup=2, max_steps=3)
+    out = world.distil(tmp_path / 'run', save_every=1, ckpt_keep=9, steps=1, eval_samples=1, **more)
+    rates = [state(out, k)['optimizer']['param_groups'][0]['lr'] for k in (1, 2, 3)]
+    c = SimpleNamespace(lr=2e-2, **more)
+    assert rates == pytest.approx([T.learning_rate(k, c) for k in range(3)])
+    assert log(out, 'lr') == pytest.approx(rates)
+
+
+def test_rank_that_the_start_leaves_is_learned_with_as_well(world, tmp_path):
+    """A start of rank 2 in a student of rank 4."""
+    out = world.distil(tmp_path / 'run', init_from=world.one, max_steps=1, steps=1, eval_samples=1,
+                       routes=[dict(teacher='two', data='words')])
+    A, B, _ = merge_lora.read_adapter(out / 'start')['proj_out']
+    assert not B[:, 2:].any() and A.any(1).all()
+    assert state(out, 1)['student']['proj_out.lora_B.student.weight'][:, 2:].any(0).all()
