@@ -48,3 +48,15 @@ def test_what_does_not_fit_is_a_row_and_a_mistake_is_a_sentence(capsys, monkeypa
     monkeypatch.setattr(bench, 'ProcessPoolExecutor', Full)
     bench.main([*FEW, '--switches=plain'])
     assert 'CUDA out of memory. Tried to allocate' in capsys.readouterr().out
+
+
+def test_a_rows_switches_are_on(monkeypatch):
+    seen = []
+
+    class Asked(Full):
+        def submit(self, function, c):
+            seen.append((c.grad_checkpointing, c.compile, c.base_storage))
+            return super().submit(function, c)
+    monkeypatch.setattr(bench, 'ProcessPoolExecutor', Asked)
+    bench.main([*FEW, '--switches=plain,checkpointing+float8,compile'])
+    assert seen == [(False, False, ''), (True, False, 'float8'), (False, True, '')]

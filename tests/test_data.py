@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -425,3 +426,18 @@ def test_a_model_index_of_odd_shapes(index, says, tmp_path):
     write(tmp_path / 'model_index.json', '{"_class_name": "P"}')
     assert files.model_configs(str(tmp_path)) == dict(vae={'a': 1}, index={'_class_name': 'P'})
     assert files.model_configs('owner/not-here') == {} and files.is_hub_id('x' * 5000)
+
+
+def test_a_bucket_of_two_files_reads_each_row_from_its_own(tmp_path):
+    a = write(tmp_path / 'a.csv', 'prompt,task\none,t\nother,u\ntwo,t\n')
+    b = write(tmp_path / 'b.jsonl', '{"prompt": "three", "task": "t"}\n'
+                                    '{"prompt": "four", "task": "t"}\n')
+    buckets, errors = read_data([a, b])
+    assert not errors and [x['prompt'] for x in buckets['u']] == ['other']
+    assert [x['prompt'] for x in buckets['t']] == ['one', 'two', 'three', 'four']
+
+
+def test_pictures_of_a_batch_have_its_height_and_width(tmp_path):
+    noise((48, 24)).save(tmp_path / 'a.png')                   # 48 wide
+    batch = [SimpleNamespace(row=dict(target_image=str(tmp_path / 'a.png')), size=(24, 48))]
+    assert files.load_images(batch, 'target_image').shape == (1, 3, 24, 48)

@@ -232,6 +232,43 @@ def test_words_are_brought_to_the_device_once(name):
 
 
 @pytest.mark.parametrize('name', SHOWN)
+def test_words_see_the_source_at_the_pipelines_size(name, tmp_path, monkeypatch):
+    """Elsewhere here both are told what its size is."""
+    field, seen, wide = shared(name), [], picture(0, (40, 96))
+
+    def told(prompt, image, *a, **k):
+        return seen.extend(image if isinstance(image, list) else [image]) or 1 / 0
+    monkeypatch.setattr(field.pipe, 'encode_prompt', told)
+    wide.save(tmp_path / 'a.png')
+    with pytest.raises(ZeroDivisionError):
+        field.encode(WORDS[0], str(tmp_path / 'a.png'))
+    with pytest.raises(ZeroDivisionError):
+        field.pipe(image=wide, prompt=WORDS[0], num_inference_steps=2)
+    assert seen[0].size == seen[1].size and seen[0].width > 2 * seen[0].height
+
+
+@pytest.mark.parametrize('name', ['flux', 'flux2'])
+def test_the_embedded_guidance_is_what_was_asked_for(name, tmp_path):
+    build(name).pipe.save_pretrained(tmp_path)
+    field = T.open_field(str(tmp_path), max_sequence_length=LENGTH, distilled_guidance=2.5)
+    seen = []
+    field.net.register_forward_pre_hook(lambda m, a, k: seen.append(k['guidance']),
+                                        with_kwargs=True)
+    with torch.no_grad():
+        field.velocity(noise(field, 1, SIZES[0]), torch.ones(1), conditions(field, WORDS[:1])[0])
+    assert seen[0].tolist() == [2.5]
+
+
+@pytest.mark.parametrize('name', ['flux', 'klein', 'qwen', 'sd3-dynamic'])
+def test_each_size_of_a_run_has_its_own_schedule(name):
+    models, sizes = T.Models(shared(name)), [(32, 48), (1024, 768)]
+    found = [models.sigmas([SimpleNamespace(size=s)], 4) for s in sizes]
+    for size, s in zip(sizes, found):
+        assert torch.equal(s, shared(name).sigmas(4, *size))
+    assert off(*found) > 1e-3
+
+
+@pytest.mark.parametrize('name', SHOWN)
 def test_the_text_encoder_knows_which_tokens_are_the_pictures(name, tmp_path):
     """Their places are in a plane then, not in a line."""
     field, seen = shared(name), {}

@@ -165,6 +165,7 @@ def test_adapters_on_a_base_in_8_bits_are_exact():
     models.refresh()
     A = torch.cat([p.flatten() for n, p in student.params.items() if '.lora_A.' in n])
     assert A.dtype == torch.float32 and len(A.unique()) > 0.9 * len(A)      # not in steps of 8 bits
+    assert A.std().item() == pytest.approx(1 / 4, rel=0.05)    # as PEFT draws it, 1 / rank
     z, sigma = torch.randn(2, *field.shape(24, 24)), torch.tensor([0.8, 0.3])
     with torch.no_grad():
         batch = [SimpleNamespace(cond=field.encode('a red circle on white'))] * 2
@@ -284,3 +285,14 @@ def test_held_out_sources_need_a_model_that_edits_as_well(own, held):
         return look()
     with pytest.raises(BadInput, match='FluxPipeline cannot edit'):
         look()
+
+
+def test_a_run_and_what_is_drawn_from_it_open_the_model_alike(world, tmp_path, monkeypatch):
+    told, ours, theirs = [], M.open_field, sample.open_field
+    monkeypatch.setattr(M, 'open_field', lambda *a: told.append(a[2:]) or ours(*a))
+    monkeypatch.setattr(sample, 'open_field', lambda *a: told.append(a[1:]) or theirs(*a))
+    out = world.distil(tmp_path / 'run', max_steps=1, steps=1, eval_samples=1,
+                       max_sequence_length=9, distilled_guidance=2.5)
+    sample.main([f'--ckpt={out}', '--prompt=a', '--num=1', '--steps=1', '--device=cpu',
+                 f'--out_dir={tmp_path}/pictures'])
+    assert told == 2 * [('auto', torch.device('cpu'), '', 9, 2.5, '')]

@@ -1,5 +1,5 @@
 """The papers in miniature: arms, cost, statistics, the report."""
-import ast
+import ast, contextlib
 
 from conftest import *
 
@@ -210,3 +210,14 @@ def test_the_report_says_what_is_there_and_what_is_not(study):
     assert '- plain: 0.001: 50.0, 0.003: 50.0, 0.008: 50.0, 0.016: 50.0 (the best is at' in said
     assert '(papers/loss.png)' in said and '(papers/mar.png)' not in said     # of one arm alone
     assert '(papers/reinforce.png)' not in said
+
+
+def test_each_point_is_scored_by_its_own_average(tmp_path, monkeypatch):
+    worn, row = [], dict(prompt='a circle', source_image='')
+    student = SimpleNamespace(ema='', load=lambda p: setattr(student, 'ema', p.name),
+                              wearing=lambda x: worn.append(x) or contextlib.nullcontext())
+    monkeypatch.setattr(T, 'render', lambda *a: torch.zeros(1, 3, 24, 24))
+    models, e = SimpleNamespace(student=student, teachers={}), SimpleNamespace(resolution=[24, 24])
+    for k in (1, 2):
+        runs.scored(tmp_path / f'step_{k:06d}', models, e, dict(t2i=[row]), tmp_path)
+    assert worn == ['step_000001', 'step_000002']

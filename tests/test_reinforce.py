@@ -122,3 +122,13 @@ def test_imitation_draws_buckets_by_their_rows(world, tmp_path):
     c = checks.own_settings(train_teacher.SETTINGS, argv)
     train_teacher.check(c)
     assert [(r['data'], r['weight']) for r in c.routes] == [('many', 8.0), ('few', 2.0)]
+
+
+def test_the_reward_in_the_log_is_the_weighted_sum(world, tmp_path):
+    (tmp_path / 'own.py').write_text('def half(images, rows):\n    return [0.5] * len(rows)')
+    reward = [dict(reward=f'{world.at}/judges.py:bright', weight=3.0),
+              dict(reward=f'{tmp_path}/own.py:half', weight=0.5)]
+    out = world.teach(tmp_path / 'run', reward=reward, **GRPO)
+    step = next(e for e in entries(out) if 'reward' in e)
+    bright, = [x for k, x in step.items() if k.startswith('reward/') and k.endswith('bright')]
+    assert step['reward'] == pytest.approx(3 * bright + 0.25, rel=1e-5)

@@ -235,6 +235,7 @@ def test_a_checkpoint_holds_the_average_for_people_and_the_student_once(world, t
     assert size < 5 * 4 * numbers + 40000                      # and what files begin with
     live = M.last_weights(out / 'step_000002')
     assert torch.equal(live['proj_out'][1], student['proj_out.lora_B.student.weight'])
+    assert {scale for _, _, scale in live.values()} == {2.0}
 
 
 def test_a_resume_continues_its_own_line_in_wandb_and_a_new_run_has_another(tmp_path, monkeypatch):

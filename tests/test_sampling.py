@@ -44,8 +44,8 @@ def some_run(folder, **settings):
                     eval_data=['data/examples/t2i.txt']) | settings
 
     def write(to, prefix):
-        merge_lora.write_adapter(to, some_adapter(2), 4.0, prefix)
-        state = dict(optimizer=dict(state={}), alpha=4.0, student={
+        merge_lora.write_adapter(to, some_adapter(2), 8.0, prefix)
+        state = dict(optimizer=dict(state={}), alpha=8.0, student={
             f'{k}.lora_{ab}.student.weight': x for k, m in some_adapter(1).items()
             for ab, x in zip('AB', m)})
         counts = dict(updates=7, skipped=0, idle=0, recent=[])
@@ -86,7 +86,7 @@ def pipeline_pictures(adapter=None, guidance=1.0, steps=4, seed=0, num=2):
 def test_sampler_equals_the_pipeline(tmp_path, guidance, adapted):
     ckpt = tmp_path / 'adapter' if adapted else ''
     if adapted:
-        merge_lora.write_adapter(ckpt, some_adapter(1), 4.0)
+        merge_lora.write_adapter(ckpt, some_adapter(1), 8.0)
     ours = shoot(tmp_path, f'--ckpt={ckpt}', f'--model={BASE}', f'--prompt={SENTENCES}',
                  '--steps=4', f'--guidance={guidance}')
     theirs = pipeline_pictures(ckpt, guidance)
@@ -97,8 +97,8 @@ def test_sampler_equals_the_pipeline(tmp_path, guidance, adapted):
 
 def test_run_folder_and_its_parts(tmp_path, capsys):
     run, one = some_run(tmp_path / 'run'), '--prompt=a red circle top left on white'
-    merge_lora.write_adapter(tmp_path / 'own', some_adapter(1), 4.0)
-    merge_lora.write_adapter(tmp_path / 'average', some_adapter(2), 4.0)
+    merge_lora.write_adapter(tmp_path / 'own', some_adapter(1), 8.0)
+    merge_lora.write_adapter(tmp_path / 'average', some_adapter(2), 8.0)
     places = dict(run=run, step=run / 'step_000007', start=run / 'start', own=tmp_path / 'own',
                   average=tmp_path / 'average')
     words = f'--model={BASE}', '--steps=3', one

@@ -64,8 +64,9 @@ def test_only_what_nobody_set_goes_with_another_model(tmp_path):
     (['--family=StableDiffusion3Pipeline'], 1), (['--family=FluxPipeline'], 0),
     (['--family=FluxPipeline', '--drop_last=1'], 1), (['--drop_last=2'], 2)])
 def test_a_family_says_which_steps_teach_nothing(words, left):
-    argv = ["--model=owner/repo", "--data=['data/examples/t2i.txt']", '--teachers=[dict(name="a")]',
-            '--routes=[dict(teacher="a",data="t2i")]', '--init_from=base', '--resolution=64', *words]
+    argv = ['--model=owner/repo', "--data=['data/examples/t2i.txt']", '--init_from=base',
+            '--teachers=[dict(name="a")]', '--routes=[dict(teacher="a",data="t2i")]',
+            '--resolution=64', *words]
     c = checks.own_settings(T.SETTINGS, argv)
     checks.check(c, T.SETTINGS[0], T.FAMILIES, T.CHOICES)
     assert c.drop_last == left

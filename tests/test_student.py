@@ -1,7 +1,7 @@
 """The student: where it starts, and its updates: averaged, idle, skipped, compiled."""
 from conftest import *
 
-FINE = SimpleNamespace(grad_clip=0.0, ema_decay=0.5, ema_every=1)
+FINE = SimpleNamespace(grad_clip=0.0, ema_decay=0.9, ema_every=1)
 
 
 def student_of(**more):
@@ -36,7 +36,7 @@ def test_the_average_counts_updates():
         push(student, c)
         if not torch.equal(flat(student.ema), before):
             moved.append(k)
-            want = 0.5 * before + 0.5 * flat(student.params)
+            want = 0.9 * before + 0.1 * flat(student.params)
             torch.testing.assert_close(flat(student.ema), want)
     assert moved == [4, 8, 12]
 
@@ -76,14 +76,16 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad):
     assert [*student.recent] == [False, True, False]
 
 
-def test_gradients_are_clipped_as_a_whole():
-    """By SGD, so that their size is seen."""
+@pytest.mark.parametrize('clip', [0.5, 100.0])
+def test_gradients_are_clipped_as_a_whole(clip):
+    """By SGD, so that their size is seen; what is smaller stays as it is."""
     student = student_of()
     student.optimizer = torch.optim.SGD(student.params.values(), lr=0.0)
-    before, c = flat(student.params), SimpleNamespace(**dict(vars(FINE), grad_clip=0.5))
+    before, c = flat(student.params), SimpleNamespace(**dict(vars(FINE), grad_clip=clip))
     norm = push(student, c, scale=3.0, lr=1.0)
     assert norm == pytest.approx(3 * len(before) ** 0.5)
-    assert (flat(student.params) - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert (flat(student.params) - before).norm().item() == pytest.approx(min(clip, norm),
+                                                                           rel=1e-4)
 
 
 # -------------------- not finite, in runs
@@ -237,6 +239,17 @@ def test_checkpointing_learns_the_same(world, tmp_path):
                     for k in (False, True))
     a, b = first_gradient(plain), first_gradient(again)
     assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_all_processes_begin_as_the_first(monkeypatch):
+    """Its average and its start too."""
+    sent = []
+    monkeypatch.setattr(M, 'dist', SimpleNamespace(
+        is_initialized=lambda: True, broadcast=lambda x, src: sent.append(src) or x.fill_(7.0)))
+    student = student_of()
+    assert sent == [0] * len(student.params)
+    for tensors in (student.params, student.start, student.ema):
+        assert (flat(tensors) == 7).all()
 
 
 # -------------------- in a run

@@ -394,3 +394,19 @@ def test_after_a_failed_reward_nobody_is_asked_again(world, tmp_path):
     assert f'"{note["prompt"]}"' in str(e.value)               # what is saved is what is named
     asked = files.load_function(f'{world.at}/judges.py:tired').__globals__['asked']
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize('n', [10, 40])                        # of the batch; of what is remembered
+def test_a_return_is_compared_with_those_of_its_prompt_reward_and_step(n):
+    from support.judges import Judges, buffered
+    judges, r = Judges.__new__(Judges), random.Random(0)
+    judges.weights, judges.memory, judges.buffer = dict(a=1.0, b=2.0), {}, 32
+    found = [(k, 'xy'[k % 2], [[r.gauss(9 * w + 3 * i + k % 2, 1) for i in range(2)]
+                               for w in range(2)]) for k in range(n)]
+    said = judges.remember(found)
+    for k, prompt, R in found:
+        own = [x for _, p, x in found if p == prompt]
+        for i in range(2):
+            want = sum((w + 1) * buffered(R[w][i], [x[w][i] for x in own],
+                                          [x[w][i] for _, _, x in found]) for w in range(2))
+            assert said[k][i] == pytest.approx(want, abs=1e-5)

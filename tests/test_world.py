@@ -205,3 +205,12 @@ def test_pictures_of_another_size(tmp_path):
         shapes.load(tmp_path / 'x.png')
     with pytest.raises(ValueError, match='resolution 24'):
         shapes.score(torch.zeros(1, 3, 32, 32), [dict(prompt='a circle')])
+
+
+def test_tastes_are_counted_where_they_are():
+    below = shapes.draw(('white', (None, None, ('circle', 'blue'), None)))
+    two = shapes.draw(('white', (('circle', 'blue'), ('square', 'red'), None, None)))
+    rows = [dict(prompt='a blue circle on white')] * 2
+    assert shapes.blue_share(torch.stack([below, two]), rows) == [1.0, 0.5]
+    upper, lower = shapes.top(torch.stack([one('circle', 'blue'), below]), rows)
+    assert upper > 0.95 > 0.05 > lower
