@@ -1,5 +1,5 @@
 # As the study's first recipe, with specialists of your own: counting learned by imitation, a taste
-# learned from a reward; the messages say how to make them, ten minutes on one core.
+# learned from a reward; the messages say how to make them, six minutes on one core.
 # Prompts that leave things open are the taste's; where all is named, the base still answers.
 _count = ('python train_teacher.py --out_dir=out/count --data="[\'data/shapes/count.csv\']" '
           '--eval_data="[\'data/shapes/count_val.csv\']" --score=data/shapes/world.py:score '
