@@ -311,6 +311,7 @@ def check(c, defaults, families, choices):
     """train_opd.py's."""
     names = check_teachers(c)                                  # first: a start may be one of them
     if c.drop_last is None:
+        check_path('model', c.model)
         family, _, _ = peek(c.model, families, c.family)
         need(family, f'{c.model} is not here: how many last steps are not learned from goes by its '
              'family; set family, or drop_last')

@@ -147,7 +147,7 @@ def test_a_run_whose_prompts_do_not_fit_says_so_and_has_the_same_losses(world, t
     assert 'do not fit' not in capsys.readouterr().out
     got = world.distil(tmp_path / 'visits', max_steps=3, steps=2, eval_samples=1, cache_gb=1e-5)
     assert log(got, 'loss') == log(want, 'loss')
-    assert re.search('words +up to .* do not fit in cache_gb = 1e-05: the encoders, ',
+    assert re.search('words +up to .* do not fit in cache_gb = 1e-05 of each process: its enco',
                      capsys.readouterr().out)
 
 
