@@ -326,6 +326,7 @@ def spaced(axes, ends):
     for (x, y), name, colour in sorted(ends, key=lambda e: e[0][1]):
         last = max(y, last + step)
         axes.annotate(name, (x, y), (x * 1.02, last), color=colour, fontsize=8, va='center')
+    axes.set_ylim(low, max(high, last + step))                 # below the title
 
 
 def draw_all(found, folder):
