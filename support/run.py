@@ -104,7 +104,6 @@ class Folder:
             captions, *columns = zip(*lines)
             grid([*zip(*columns)], self.out / 'samples' / f'step_{step:06d}.png', captions, heads)
             self.curves()
-        gather(self.world, [])                                 # at a stop nobody waits in vain
 
     def curves(self):
         gaps = sorted({k for e in self.log.history for k in e if k.startswith('gap/')})
