@@ -52,7 +52,7 @@ def launch(device='', tf32=True):
 
 
 class Stop:
-    """SIGTERM, Ctrl-C, or a terminal that closes (but for nohup). While a step is learned it is only
+    """SIGTERM, Ctrl-C, or a terminal that closes (not by nohup). While a step is learned it is only
     noted (`asked`), and the loop ends with a checkpoint; at any other time, or at a second Ctrl-C,
     the run ends at once: nothing is lost. (SIGTERM comes twice where a cluster tells a process and
     torchrun too. No code that catches its own errors takes a KeyboardInterrupt for one of them.)"""

@@ -46,6 +46,12 @@ def split(t2i, count, local_edit, global_edit, **more):
                 routes=routes(counts, only=[k for k in counts if counts[k]], **more))
 
 
+def demonstration(*samples, **settings):
+    weights = dict(t2i=0.5, count=1.5, local_edit=1.0, global_edit=2.0)
+    return arm(init_from=TEACHER + 'local_edit', **settings, **SKIP,
+               **split(*samples, weights=weights))
+
+
 def policy(reward, **settings):
     """Flow-OPD's policy gradient."""
     return dict(method='flowopd', eta=0.7, reward=reward, **TEN, **settings)
@@ -139,10 +145,8 @@ ARMS = {
     # and what the study led to, at once its cost
     'ours-twice': arm(cost=2),
     'found': arm(**FOUND), 'found-skip': arm(**SKIP, **FOUND),
-    'demonstration': arm(init_from=TEACHER + 'local_edit', **SKIP, **split(
-        2, 8, 6, 18, weights=dict(t2i=0.5, count=1.5, local_edit=1.0, global_edit=2.0))),
-    'demonstration-8': arm(init_from=TEACHER + 'local_edit', lr=4e-3, **SKIP, **split(
-        1, 2, 1, 4, weights=dict(t2i=0.5, count=1.5, local_edit=1.0, global_edit=2.0))),
+    'demonstration': demonstration(2, 8, 6, 18),
+    'demonstration-8': demonstration(1, 2, 1, 4, lr=4e-3),
     'dance': arm(cost=2, rates=LOW, steps=16, query='low_noise', routes_per_step=1,
                  routes=routes(weights=EVEN), init_from=TEACHER + 'local_edit'),
     'diffusion': arm(cost=2, rates=TUNED, method='diffusionopd', steps=10, drop_last=1,
